@@ -1,0 +1,61 @@
+"""Every error this package raises on purpose: each quotes the client, the layer, the value and the remedy."""
+
+from __future__ import annotations
+
+
+class FlexLoRAError(Exception):
+    """Base of all errors of this package.
+
+    ``message`` says what is wrong and what to do. ``client`` and ``layer``, where they are known, are quoted in
+    front of it and kept as attributes, so that a server can act on them without parsing text.
+    """
+
+    def __init__(self, message: str, *, client: str | None = None, layer: str | None = None) -> None:
+        self.message = message
+        self.client = client
+        self.layer = layer
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        where = [f"client {self.client!r}"] if self.client is not None else []
+        where += [f"layer {self.layer!r}"] if self.layer is not None else []
+        return f"{', '.join(where)}: {self.message}" if where else self.message
+
+    def at(self, *, client: str | None = None, layer: str | None = None) -> FlexLoRAError:
+        """This error with the client or layer filled in where it was not known at the point of failure."""
+        self.client = self.client if self.client is not None else client
+        self.layer = self.layer if self.layer is not None else layer
+        self.args = (str(self),)
+        return self
+
+
+class AdapterError(FlexLoRAError, ValueError):
+    """An adapter that cannot be read: a missing or misshapen tensor, NaN or Inf, a config that contradicts itself."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """An adapter whose ΔW is not s·B·A (PiSSA, DoRA, …): adding it up would be silently wrong."""
+
+
+class IncompatibleAdapterError(AdapterError):
+    """An adapter that is fine alone but does not fit the round: other base model, other layer shapes."""
+
+
+class WeightError(FlexLoRAError, ValueError):
+    """A client weight that is negative, NaN or infinite, or weights that sum to zero."""
+
+
+class EmptyRoundError(FlexLoRAError, ValueError):
+    """A round without any accepted client, or whose clients adapt no layer at all."""
+
+
+class RankError(FlexLoRAError, ValueError):
+    """A rank below one, or above what this update keeps."""
+
+
+class OptionError(FlexLoRAError, ValueError):
+    """An unknown method, solver, split or other option."""
+
+
+class BackendError(FlexLoRAError, RuntimeError):
+    """A backend or device that was asked for by name and cannot run here."""
