@@ -1,0 +1,131 @@
+"""Which solver for which layer: predicted seconds from a cost model whose constants were measured, not guessed.
+
+The constants lie in ``constants.json`` beside this file; ``make calibrate`` (``flexlora_fast.lowrank.calibrate``)
+measures them anew. ``benchmarks/bench_planner.py`` compares each choice with the fastest solver of all.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexlora_fast.errors import OptionError
+
+SOLVERS = ("gram", "krylov", "factored", "subspace", "dense", "svd")
+EXACT = frozenset({"gram", "svd"})
+# Iterating in float32 cannot resolve an excess below about this (products round at 6e-8, squared spectrum).
+FLOAT32_TOL = 1e-6
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Speeds of one machine: flops per second for products, seconds for the rest."""
+
+    gemm32: float  # flop/s of a large float32 product
+    gemm64: float  # flop/s of a large float64 product
+    thin32: float  # flop/s of float32 products with a block of vectors
+    eigh64: float  # seconds per n³ of a float64 symmetric eigenproblem
+    svd64: float  # seconds per L·s² of a float64 SVD
+    cholesky64: float  # seconds per n³
+    bytes_per_second: float  # streaming through memory, conversion included
+    call: float  # seconds of overhead per op
+    measured_on: str = ""
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Constants:
+        return cls(**json.loads((path or Path(__file__).with_name("constants.json")).read_text()))
+
+
+@functools.cache
+def default_constants() -> Constants:
+    return Constants.load()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a solve costs by: b matrices of m×n, stack width R, target rank k, tolerance."""
+
+    m: int
+    n: int
+    R: int
+    k: int
+    tol: float = 1e-3
+    batch: int = 1
+
+    @property
+    def short(self) -> int:
+        return min(self.m, self.n)
+
+    @property
+    def steps(self) -> float:
+        """Block steps expected: each gains a factor of about 8 (benchmarks/bench_planner.py prints the real ones)."""
+        return 2 + math.log(max(1 / self.tol, 2)) / math.log(8)
+
+    def basis(self, side: int) -> float:
+        """Krylov basis columns expected at the end, for vectors of ``side`` entries."""
+        return min(side, max(8, self.k / 2) * (self.steps + 1))
+
+
+def seconds(shape: Shape, c: Constants) -> dict[str, float]:
+    """Predicted seconds of every solver on one layer."""
+    m, n, R, k = shape.m, shape.n, max(shape.R, 1), shape.k
+    s, long = shape.short, max(m, n)
+    convert = 3 * 12 * (m + n) * R / c.bytes_per_second
+    grams64 = 2 * (m + n) * R**2 / c.gemm64 + convert
+    core = grams64 + 2 * c.cholesky64 * R**3 + 2 * R**3 / c.gemm64
+    expand = 2 * (m + n) * R * k / c.gemm64 + 4 * R**2 * k / c.gemm64
+    dense64 = 2 * m * n * R / c.gemm64 + convert
+    pack = 4 * 3 * (m + n) * R / c.bytes_per_second
+    form = 2 * m * n * R / c.gemm32 + pack + 12 * m * n / c.bytes_per_second
+    energy = (m + n) * R**2 * 1.1 / c.gemm32 + 8 * R**2 / c.bytes_per_second + pack
+    dense_loop = _krylov(shape, c, product=4.0 * m * n / c.thin32, side=s, long=long, rate=c.thin32)
+    factor_loop = _krylov(shape, c, product=4.0 * (m + n) * R / c.thin32, side=s, long=long, rate=c.thin32)
+    core_loop = _krylov(shape, c, product=4.0 * R * R / c.gemm64, side=R, long=R, rate=c.gemm64)
+    width = k + max(10, k // 5)
+    power = 3 * shape.steps * (4.0 * (m + n) * R * width / c.thin32 + 8 * long * width**2 / c.gemm64 + 20 * c.call)
+    if s <= R:
+        gram = dense64 + 2 * long * s**2 / c.gemm64 + c.eigh64 * s**3 + 2 * m * n * k / c.gemm64
+    else:
+        gram = core + 2 * R**3 / c.gemm64 + c.eigh64 * R**3 + expand
+    costs = {
+        "gram": gram + 20 * c.call,
+        "krylov": core + core_loop + expand,
+        "factored": energy + factor_loop,
+        "subspace": energy + power,
+        "dense": form + dense_loop,
+        "svd": dense64 + c.svd64 * long * s**2,
+    }
+    return {name: shape.batch * cost for name, cost in costs.items()}
+
+
+def _krylov(shape: Shape, c: Constants, *, product: float, side: int, long: int, rate: float) -> float:
+    """Seconds of the block Krylov loop: products, re-orthogonalisation, Gram growth, and one eigenproblem a step.
+
+    ``product`` is the seconds of ΔW and ΔWᵀ times one vector.
+    """
+    dim = shape.basis(side)
+    steps = shape.steps
+    orthogonal = 8 * side * dim**2 / 2 / rate + 8 * side * dim * dim / steps / c.gemm64
+    gram = 2 * long * dim**2 / 2 / c.gemm64
+    values = 0.4 * c.eigh64 * sum((dim * (i + 1) / steps) ** 3 for i in range(int(steps)))
+    final = c.eigh64 * dim**3 + 4 * (side + long) * dim * shape.k / rate
+    return dim * product + orthogonal + gram + values + final + 60 * steps * c.call
+
+
+def choose(shape: Shape, constants: Constants | None = None) -> str:
+    """The solver expected to be fastest while keeping the promise of ``tol``."""
+    costs = seconds(shape, constants or default_constants())
+    rank = min(shape.R, shape.short)
+    # Nothing to iterate on where most of the spectrum is kept, or where float32 products cannot resolve tol.
+    if shape.tol < FLOAT32_TOL or 2 * shape.k >= rank:
+        return min(EXACT, key=lambda name: (costs[name], name))
+    return min(costs, key=lambda name: (costs[name], name))
+
+
+def check_solver(solver: str) -> str:
+    if solver not in (*SOLVERS, "auto"):
+        raise OptionError(f"solver {solver!r} is not one of {', '.join(('auto', *SOLVERS))}")
+    return solver

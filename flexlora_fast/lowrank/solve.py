@@ -1,0 +1,96 @@
+"""One call for all solvers: a stack and a rank in, certified leading triplets out."""
+
+from __future__ import annotations
+
+import torch
+
+from flexlora_fast.errors import AdapterError, OptionError
+from flexlora_fast.lowrank import plan
+from flexlora_fast.lowrank.dense import solve_dense, solve_svd
+from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.lowrank.gram import solve_gram, solve_krylov
+from flexlora_fast.lowrank.random import stream
+from flexlora_fast.lowrank.subspace import solve_subspace
+from flexlora_fast.stack import Block, Stack
+
+# Factors whose entries leave this range are rescaled first: their product could overflow or vanish in float32.
+_RANGE = (1e-9, 1e9)
+# ‖ΔW‖_F beyond this has no float32 adapter.
+_LARGEST = 1e37
+
+
+def solve(
+    stack: Stack, rank: int, *, solver: str = "auto", tol: float = 1e-3, seed: int = 0, name: str = ""
+) -> Factorization:
+    """The best rank-``rank`` approximation of each matrix of the stack.
+
+    Args:
+        stack: b matrices (m, n) of stack width R.
+        rank: columns wanted; min(rank, R, m, n) are returned.
+        solver: one of ``plan.SOLVERS``, or "auto" for the planner's choice.
+        tol: bound on the excess ‖ΔW−X‖_F/‖ΔW−ΔW_k‖_F − 1 of the iterative solvers.
+        seed, name: address of the random test matrix.
+
+    Raises:
+        AdapterError: ΔW is not finite, or too large for float32.
+        OptionError: unknown solver, or a tol that is negative or NaN.
+    """
+    plan.check_solver(solver)
+    if not tol >= 0:
+        raise OptionError(f"tol is {tol!r}; give a number ≥ 0 (0 asks for an exact solver)")
+    k = min(rank, stack.R, stack.m, stack.n)
+    key = stream(seed, name)
+    if k == 0:
+        return _empty(stack)
+    if solver == "auto":
+        solver = plan.choose(plan.Shape(stack.m, stack.n, stack.R, k, tol, stack.batch))
+    scaled, factor = _rescaled(stack)
+    result = _dispatch(scaled, k, key, solver, max(tol, plan.FLOAT32_TOL))
+    if factor != 1.0:
+        result = Factorization(
+            result.U, result.S * factor, result.V, result.energy * factor**2, solver, result.iterations, result.excess
+        )
+    norm = float(result.energy.max().sqrt())
+    if not norm < _LARGEST:
+        raise AdapterError(
+            f"‖ΔW‖_F is {norm:.3g}, beyond what float32 factors can hold; look for a client with exploded factors", layer=name
+        )
+    return result
+
+
+def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float) -> Factorization:
+    if solver == "gram":
+        return solve_gram(stack, k, key)
+    if solver == "svd":
+        return solve_svd(stack, k, key)
+    if solver == "krylov":
+        return solve_krylov(stack, k, key, tol)
+    if solver == "dense":
+        return solve_dense(stack, k, key, tol)
+    return solve_subspace(stack, k, key, tol, depth=1 if solver == "subspace" else None)
+
+
+def _rescaled(stack: Stack) -> tuple[Stack, float]:
+    """The stack, or one with unit columns and rows where float32 products of the factors could leave its range."""
+    low, high = _RANGE
+    largest = [float(X.abs().max()) for block in stack.blocks for X in (block.B, block.A)]
+    if all(low < x < high for x in largest if x > 0) and all(x < high for x in stack.d.abs().tolist()):
+        return stack, 1.0
+    P, c, Q = stack.equilibrated()
+    top = float(c.abs().max())
+    if top == 0 or not top < float("inf"):
+        return stack, 1.0
+    batch = range(stack.batch)
+    if any(not torch.equal(c[0], c[i]) for i in batch):  # experts differ in scale: keep d common, fold into P
+        P, c = P * (c / top).unsqueeze(1), torch.full_like(c, top)
+    block = Block(P.to(torch.float32), Q.to(torch.float32), c[0] / top)
+    return Stack([block], stack.m, stack.n, stack.batch), top
+
+
+def _empty(stack: Stack) -> Factorization:
+    """ΔW = 0 by construction: no client brought a column."""
+    b = stack.batch
+    zero = torch.zeros(b, dtype=torch.float64)
+    return Factorization(
+        torch.zeros(b, stack.m, 0), torch.zeros(b, 0, dtype=torch.float64), torch.zeros(b, stack.n, 0), zero, "empty"
+    )
