@@ -1,0 +1,32 @@
+"""What all tests share: no network, reproducible hypothesis runs, GPU tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports transformers: a test that reaches for the network fails at once instead of hanging.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+
+# A failure must come back on the next run, and a busy machine must not fail a test for its time alone.
+hypothesis.settings.register_profile("flexlora_fast", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("flexlora_fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked ``gpu`` where torch sees no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A fresh, seeded CPU generator: a test's data depends on that test alone."""
+    return torch.Generator().manual_seed(20240225)
