@@ -1,0 +1,341 @@
+"""One client's LoRA factors for all its layers: read, check, convert, write."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexlora_fast import config as configs
+from flexlora_fast import folder, layouts, variants
+from flexlora_fast.config import Config
+from flexlora_fast.errors import AdapterError
+from flexlora_fast.layouts import LayerFacts, LayerSpec
+
+
+class Adapter:
+    """The LoRA factors of one client, with the config that gives them their scale.
+
+    Made by ``load`` (a PEFT folder), ``from_peft`` (a live model), ``from_state_dict`` or ``from_factors``;
+    never changed afterwards. ``layers`` are module paths without the leading ``base_model.model.``, sorted.
+    For each of them ΔW = s·B·A with A (r, n), B (m, r) and s as PEFT scales it: alpha/r, or alpha/√r with
+    rsLoRA.
+
+    >>> import torch
+    >>> state = {"base_model.model.fc.lora_A.weight": torch.ones(2, 3),
+    ...          "base_model.model.fc.lora_B.weight": torch.ones(4, 2)}
+    >>> adapter = Adapter.from_state_dict(state, {"r": 2, "lora_alpha": 8})
+    >>> adapter.layers, adapter.rank("fc"), adapter.scale("fc")
+    (['fc'], 2, 4.0)
+    >>> adapter.delta("fc")[0]
+    tensor([8., 8., 8.])
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        config: Any,
+        *,
+        client: str | None = None,
+        facts: Mapping[str, LayerFacts] | None = None,
+        initial: bool = False,
+    ) -> None:
+        self.client = client
+        self._config = configs.normalize(config, client)
+        configs.refuse_unsupported(self._config, client, initial=initial)
+        self._tensors = _canonical(tensors, client)
+        specs, self._bias_keys, self._extra_keys = layouts.parse(self._tensors, self._config, client, facts)
+        self._specs = specs
+        self._ranks = {
+            layer: configs.rank_for(self._config, spec.pattern_name) for layer, spec in specs.items()
+        }
+        self._scales = {
+            layer: configs.scale_for(self._config, spec.pattern_name) for layer, spec in specs.items()
+        }
+
+    # -- ways in ---
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        client: str | None = None,
+        *,
+        initial: Adapter | str | os.PathLike[str] | None = None,
+    ) -> Adapter:
+        """The adapter in a folder that PEFT's ``save_pretrained`` wrote (safetensors).
+
+        The tensors are mapped from the file and read when they are used. ``initial``: for PiSSA, OLoRA, CorDA
+        and LoRA-GA, the same adapter as it was before training, see ``from_state_dict``.
+
+        Raises ``AdapterError`` for a missing or unreadable file (``.bin`` files are never opened: they are
+        pickles, which can run code), and what ``from_state_dict`` raises.
+        """
+        tensors, config = folder.read(path, client)
+        return cls.from_state_dict(tensors, config, client, initial=initial)
+
+    @classmethod
+    def from_peft(cls, model: Any, adapter_name: str = "default", client: str | None = None) -> Adapter:
+        """A snapshot of a live PEFT model's adapter (needs ``peft``).
+
+        Tensors are copied, so training on changes nothing here. The scale each layer has now is the truth:
+        where ``set_scale`` moved it, the config's alphas are rewritten to match.
+        """
+        from flexlora_fast import live
+
+        tensors, config, facts = live.snapshot(model, adapter_name, client)
+        return cls(tensors, config, client=client, facts=facts)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        config: Any,
+        client: str | None = None,
+        *,
+        initial: Adapter | str | os.PathLike[str] | None = None,
+    ) -> Adapter:
+        """An adapter from what ``peft.get_peft_model_state_dict`` returns and its config (``LoraConfig`` or
+        dict).
+
+        The tensors are kept, not copied, and never written to. ``initial``: PiSSA, OLoRA, CorDA and LoRA-GA
+        take s·B0·A0 out of the base weight before training, so their update is s(BA − B0A0); given the
+        adapter as it was before training, that update is represented exactly by the factors [B, −B0] and [A;
+        A0] of rank 2r at the same scale, over the *original* base weight (as PEFT's
+        ``LoraModel.subtract_mutated_init``).
+
+        Raises ``AdapterError`` for tensors or a config that contradict themselves or each other, and
+        ``UnsupportedAdapterError`` where ΔW is not s·B·A.
+        """
+        if initial is None:
+            return cls(state_dict, config, client=client)
+        trained = cls(state_dict, config, client=client, initial=True)
+        if not isinstance(initial, Adapter):
+            initial = cls(*folder.read(initial, client), client=client, initial=True)
+        return _subtract_initial(trained, initial)
+
+    @classmethod
+    def from_factors(
+        cls,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        specs: Mapping[str, LayerSpec],
+        scales: Mapping[str, float],
+        config: Any,
+        *,
+        client: str | None = None,
+        lora_bias: Mapping[str, Tensor] | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> Adapter:
+        """An adapter from A (E, r, n) and B (E, m, r) by layer, each at its scale.
+
+        ``config`` says everything else; its ranks and alphas are rewritten to match (``config.with_ranks``).
+        """
+        tensors: dict[str, Tensor] = dict(extras or {})
+        for layer, (a, b) in factors.items():
+            spec = specs[layer]
+            tensors[spec.a_key], tensors[spec.b_key] = layouts.from_factors(spec, a, b)
+        for layer, bias in (lora_bias or {}).items():
+            tensors[specs[layer].b_key.removesuffix("weight") + "bias"] = bias
+        ranks = {layer: a.shape[1] for layer, (a, _) in factors.items()}
+        names = {layer: specs[layer].pattern_name for layer in factors}
+        facts = {
+            layer: LayerFacts(specs[layer].pattern_name, specs[layer].experts, specs[layer].weight_transposed)
+            for layer in factors
+        }
+        config = configs.with_ranks(configs.normalize(config, client), ranks, scales, names)
+        return cls(tensors, config, client=client, facts=facts)
+
+    # -- what it holds ---
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the adapted layers, sorted."""
+        return list(self._specs)
+
+    @property
+    def config(self) -> Config:
+        """A copy of the config, JSON-able, as in ``adapter_config.json``."""
+        return copy.deepcopy(self._config)
+
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        """What is not a low-rank pair (biases, ``modules_to_save``, trainable tokens), by state-dict key."""
+        return {key: self._tensors[key] for key in self._extra_keys}
+
+    def spec(self, layer: str) -> LayerSpec:
+        """Shapes, kind and names of a layer."""
+        self._check_layer(layer)
+        return self._specs[layer]
+
+    def rank(self, layer: str) -> int:
+        """The rank r of a layer (of each expert's factors in MoE layers)."""
+        self._check_layer(layer)
+        return self._ranks[layer]
+
+    def scale(self, layer: str) -> float:
+        """The scale s of a layer."""
+        self._check_layer(layer)
+        return self._scales[layer]
+
+    def factors(self, layer: str) -> tuple[Tensor, Tensor]:
+        """A (E, r, n) and B (E, m, r), E = 1 but for MoE, in their stored dtype; views of the stored
+        tensors.
+        """
+        spec = self.spec(layer)
+        return layouts.to_factors(spec, self._tensors[spec.a_key], self._tensors[spec.b_key])
+
+    def lora_bias(self, layer: str) -> Tensor | None:
+        """The bias (m,) of B where the config has ``lora_bias``; its effect on the output is scale·bias."""
+        self._check_layer(layer)
+        key = self._bias_keys.get(layer)
+        return None if key is None else self._tensors[key]
+
+    def delta(self, layer: str, layout: str = "matrix") -> Tensor:
+        """The dense update s·B·A, float32 (float64 for float64 factors).
+
+        ``layout="matrix"``: (m, n), or (E, m, n) for MoE. ``layout="weight"``: as the weight itself is
+        stored, what PEFT's ``get_delta_weight`` returns. A state dict does not tell whether a MoE parameter
+        is stored (E, n, m); an adapter made by ``from_peft`` knows, any other takes (E, m, n).
+        """
+        if layout not in ("matrix", "weight"):
+            raise AdapterError(
+                f"layout is {layout!r}; it must be 'matrix' or 'weight'", client=self.client, layer=layer
+            )
+        spec = self.spec(layer)
+        a, b = self.factors(layer)
+        dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+        update = torch.bmm(b.to(dtype), a.to(dtype)).mul_(self._scales[layer])
+        if layout == "weight":
+            return layouts.to_weight_layout(spec, update)
+        return update if spec.kind == "moe" else update[0]
+
+    def validate_finite(self) -> None:
+        """Raise ``AdapterError`` naming the first tensor with a NaN or an infinity, and how many it has."""
+        for layer, spec in self._specs.items():
+            for key in (spec.a_key, spec.b_key, self._bias_keys.get(layer)):
+                self._check_finite(key, layer)
+        for key in self._extra_keys:
+            self._check_finite(key, None)
+
+    # -- ways out ---
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors by PEFT's checkpoint keys, ready for ``peft.set_peft_model_state_dict``; not copied."""
+        return dict(self._tensors)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a folder that ``peft.PeftModel.from_pretrained`` and ``Adapter.load`` read.
+
+        Each of the two files appears complete or not at all, so it is safe to save over the folder read from.
+        """
+        folder.write(path, self._tensors, self._config)
+
+    def load_into(self, model: Any, adapter_name: str = "default") -> bool:
+        """Put this adapter into a live PEFT model (needs ``peft``).
+
+        Where the rank of a layer stays, its parameters are written in place and an optimizer keeps them.
+        Where it changes, new parameters replace them, with the dtype, device and trainable flags of the old.
+        Each layer gets exactly this adapter's scale, and ``model.peft_config`` is corrected, so that
+        ``save_pretrained`` reproduces it.
+
+        Returns ``True`` where a rank changed: **rebuild the optimizer then**, the old one holds parameters
+        that the model no longer uses. ``False``: the optimizer can stay (its moments still belong to the old
+        factors).
+
+        Raises ``AdapterError`` or a subclass, before anything is written, for layers or extras that only one
+        side has, other shapes, values that are not finite (or overflow the model's dtype), a merged adapter,
+        and a model whose adapter is no plain LoRA.
+        """
+        from flexlora_fast import live
+
+        return live.load(self, model, adapter_name)
+
+    def __repr__(self) -> str:
+        ranks = sorted(set(self._ranks.values()))
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
+        who = f"client={self.client!r}, " if self.client is not None else ""
+        return f"Adapter({who}{len(self._specs)} layers, rank {shown}, {len(self._extra_keys)} extras)"
+
+    # -- checks ---
+
+    def _check_layer(self, layer: str) -> None:
+        if layer not in self._specs:
+            near = difflib.get_close_matches(layer, self._specs, n=3) or self.layers[:3]
+            raise AdapterError(
+                f"this adapter has no such layer; it has {len(self._specs)}, such as {near}",
+                client=self.client,
+                layer=layer,
+            )
+
+    def _check_finite(self, key: str | None, layer: str | None) -> None:
+        if key is None or not self._tensors[key].is_floating_point():
+            return
+        tensor = self._tensors[key]
+        # one pass, no mask: only a sum that is not finite needs the slower look
+        if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+            return
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise AdapterError(
+                f"{key!r} holds {bad} NaN or infinite values of {tensor.numel()}; leave this client out, or "
+                "have it train again with a lower learning rate",
+                client=self.client,
+                layer=layer,
+            )
+
+
+def _canonical(tensors: Mapping[str, Tensor], client: str | None) -> dict[str, Tensor]:
+    """Detached, in key order, every key with PEFT's ``base_model.model.`` in front."""
+    result: dict[str, Tensor] = {}
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        if not isinstance(tensor, Tensor):
+            raise AdapterError(
+                f"{key!r} is a {type(tensor).__name__}, not a tensor; remove it from the state dict",
+                client=client,
+            )
+        full = key if key.startswith(layouts.PREFIX) else layouts.PREFIX + key
+        if full in result:
+            raise AdapterError(f"the state dict has {key!r} with and without its prefix", client=client)
+        result[full] = tensor.detach()
+    return {key: tensor for key, tensor in result.items() if not layouts.training_only(key)}
+
+
+def _subtract_initial(trained: Adapter, initial: Adapter) -> Adapter:
+    """s(BA − B0A0) as plain LoRA of rank 2r: [B, −B0] and [A; A0]."""
+    if variants.mutating_init(trained._config) is None:
+        raise AdapterError(
+            f"initial factors are given, but init_lora_weights={trained._config['init_lora_weights']!r} "
+            "does not change the base weight, so that nothing is to be subtracted; load it without initial=",
+            client=trained.client,
+        )
+    if trained.layers != initial.layers or trained._bias_keys:
+        odd = sorted(set(trained.layers) ^ set(initial.layers)) or sorted(trained._bias_keys)
+        raise AdapterError(
+            f"the initial adapter does not match: {odd[:3]} (lora_bias, or layers only one of them has); "
+            "save it from the same model right before training",
+            client=trained.client,
+        )
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    for layer in trained.layers:
+        (a, b), (a0, b0) = trained.factors(layer), initial.factors(layer)
+        same = a.shape == a0.shape and b.shape == b0.shape and trained.scale(layer) == initial.scale(layer)
+        if not same:
+            raise AdapterError(
+                f"A {tuple(a.shape)}, B {tuple(b.shape)} at scale {trained.scale(layer):g}, but the initial "
+                f"adapter has A {tuple(a0.shape)}, B {tuple(b0.shape)} at scale {initial.scale(layer):g}; "
+                "save it from the same model right before training",
+                client=trained.client,
+                layer=layer,
+            )
+        # cat promotes to the wider dtype, which holds both exactly
+        factors[layer] = (torch.cat([a, a0], dim=1), torch.cat([b, -b0], dim=2))
+    config = trained.config | {"init_lora_weights": True, "corda_config": None, "lora_ga_config": None}
+    return Adapter.from_factors(
+        factors, trained._specs, trained._scales, config, client=trained.client, extras=trained.extras
+    )

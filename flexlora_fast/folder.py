@@ -1,0 +1,107 @@
+"""PEFT's adapter folder on disk: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flexlora_fast.config import Config
+from flexlora_fast.errors import AdapterError, UnsupportedAdapterError
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+
+def read(path: str | os.PathLike[str], client: str | None = None) -> tuple[dict[str, Tensor], Config]:
+    """The tensors (mapped from the file, read when used) and the unchecked config of a PEFT folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise AdapterError(
+            f"{str(folder)!r} {what}; pass the folder with {CONFIG_NAME} and {WEIGHTS_NAME}", client=client
+        )
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise UnsupportedAdapterError(
+                f"{str(folder / 'adapter_model.bin')!r} is a pickle, and opening a client's pickle can run "
+                "its code; have the client save with save_pretrained(..., safe_serialization=True)",
+                client=client,
+            )
+        raise AdapterError(
+            f"{str(folder)!r} has no {WEIGHTS_NAME}; save it with peft's save_pretrained", client=client
+        )
+    config = _read_config(folder / CONFIG_NAME, client)
+    try:
+        return load_file(weights), config
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{str(weights)!r} is not a readable safetensors file ({error}); have it sent again",
+            client=client,
+        ) from error
+
+
+def _read_config(path: Path, client: str | None) -> Config:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"{str(path)!r} cannot be read as JSON ({error}); save it with peft's save_pretrained",
+            client=client,
+        ) from error
+    if not isinstance(config, dict):
+        raise AdapterError(
+            f"{str(path)!r} holds a {type(config).__name__}, not an object; save it with peft's "
+            "save_pretrained",
+            client=client,
+        )
+    return config
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: Config) -> None:
+    """Write both files, each of which appears complete or not at all."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS_NAME, lambda to: save_file(_unshared(tensors), to, metadata={"format": "pt"}))
+    text = json.dumps(config, indent=2, sort_keys=True)
+    _replace(folder / CONFIG_NAME, lambda to: Path(to).write_text(text, encoding="utf-8"))
+
+
+def _replace(target: Path, write: Any) -> None:
+    """Write beside the target, then swap: the old file may be mapped by the very tensors being written."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, no two of which share memory: safetensors refuses aliases (tied weights)."""
+    seen: set[int] = set()
+    result: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        whole = tensor.is_contiguous() and storage not in seen
+        result[key] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(storage)
+    return result
