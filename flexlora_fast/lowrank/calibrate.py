@@ -37,7 +37,7 @@ def measure() -> Constants:
     spd = torch.randn(n, 2 * n, dtype=torch.float64)
     spd = spd @ spd.T
     small = torch.randn(8, 8)
-    tall = torch.randn(4096, 4096)
+    tall = torch.randn(2048, 1024)
     return Constants(
         gemm32=2 * side**3 / median_seconds(lambda: a32 @ a32),
         gemm64=2 * 1024**3 / median_seconds(lambda: a64 @ a64),

@@ -20,7 +20,9 @@ def dense_energy(D: Tensor) -> Tensor:
 def from_triplets(t: Triplets, energy: Tensor, solver: str, key: int) -> Factorization:
     """Normalise the left vectors of an iterative solve."""
     inverse = torch.where(t.S > 0, 1 / t.S, torch.zeros_like(t.S)).unsqueeze(1)
-    return Factorization(*finish(t.left * inverse.to(t.left.dtype), t.S, t.V, key), energy, solver, t.steps, t.excess)
+    return Factorization(
+        *finish(t.left * inverse.to(t.left.dtype), t.S, t.V, key), energy, solver, t.steps, t.excess
+    )
 
 
 def solve_dense(stack: Stack, k: int, key: int, tol: float) -> Factorization:
@@ -28,7 +30,14 @@ def solve_dense(stack: Stack, k: int, key: int, tol: float) -> Factorization:
     D = reference.materialize(stack)
     energy = dense_energy(D)
     op = Operator(
-        stack.m, stack.n, stack.batch, lambda X: D @ X, lambda Y: D.mT @ Y, energy, torch.float32, stack.device
+        stack.m,
+        stack.n,
+        stack.batch,
+        lambda X: D @ X,
+        lambda Y: D.mT @ Y,
+        energy,
+        torch.float32,
+        stack.device,
     )
     return from_triplets(block_krylov(op, k, tol, key), energy, "dense", key)
 

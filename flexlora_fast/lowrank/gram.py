@@ -56,7 +56,9 @@ def _cholesky(G: Tensor) -> Tensor:
     L, info = torch.linalg.cholesky_ex(G)
     R = G.shape[-1]
     ridge = R * 2.0**-52
-    while int(info.max() if info.numel() else 0) or (R and float(L.diagonal(dim1=-2, dim2=-1).amin()) < ridge**0.5):
+    while int(info.max() if info.numel() else 0) or (
+        R and float(L.diagonal(dim1=-2, dim2=-1).amin()) < ridge**0.5
+    ):
         L, info = torch.linalg.cholesky_ex(G + ridge * torch.eye(R, dtype=G.dtype, device=G.device))
         if int(info.max()) == 0:
             break
@@ -99,7 +101,14 @@ def solve_krylov(stack: Stack, k: int, key: int, tol: float) -> Factorization:
     core = core_of(stack)
     R = stack.R
     op = Operator(
-        R, R, stack.batch, lambda X: core.C @ X, lambda Y: core.C.mT @ Y, core.energy, torch.float64, stack.device
+        R,
+        R,
+        stack.batch,
+        lambda X: core.C @ X,
+        lambda Y: core.C.mT @ Y,
+        core.energy,
+        torch.float64,
+        stack.device,
     )
     t = block_krylov(op, min(k, R), tol, key)
     U, V = core.expand(t.left * _safe_inverse(t.S), t.V)

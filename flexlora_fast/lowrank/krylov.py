@@ -35,7 +35,9 @@ class Operator:
     device: torch.device = torch.device("cpu")
 
     def transposed(self) -> Operator:
-        return Operator(self.n, self.m, self.batch, self.apply_t, self.apply, self.energy, self.dtype, self.device)
+        return Operator(
+            self.n, self.m, self.batch, self.apply_t, self.apply, self.energy, self.dtype, self.device
+        )
 
 
 @dataclass

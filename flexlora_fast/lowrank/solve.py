@@ -48,12 +48,19 @@ def solve(
     result = _dispatch(scaled, k, key, solver, max(tol, plan.FLOAT32_TOL))
     if factor != 1.0:
         result = Factorization(
-            result.U, result.S * factor, result.V, result.energy * factor**2, solver, result.iterations, result.excess
+            result.U,
+            result.S * factor,
+            result.V,
+            result.energy * factor**2,
+            solver,
+            result.iterations,
+            result.excess,
         )
     norm = float(result.energy.max().sqrt())
     if not norm < _LARGEST:
         raise AdapterError(
-            f"‖ΔW‖_F is {norm:.3g}, beyond what float32 factors can hold; look for a client with exploded factors", layer=name
+            f"‖ΔW‖_F is {norm:.3g}, beyond what float32 factors can hold; look for a client with exploded factors",
+            layer=name,
         )
     return result
 
@@ -92,5 +99,9 @@ def _empty(stack: Stack) -> Factorization:
     b = stack.batch
     zero = torch.zeros(b, dtype=torch.float64)
     return Factorization(
-        torch.zeros(b, stack.m, 0), torch.zeros(b, 0, dtype=torch.float64), torch.zeros(b, stack.n, 0), zero, "empty"
+        torch.zeros(b, stack.m, 0),
+        torch.zeros(b, 0, dtype=torch.float64),
+        torch.zeros(b, stack.n, 0),
+        zero,
+        "empty",
     )

@@ -23,7 +23,10 @@ def factor_energy(stack: Stack) -> Tensor:
     total = torch.zeros(stack.batch, dtype=torch.float64, device=stack.device)
     for lo in range(0, stack.R, tile):
         hi = min(lo + tile, stack.R)
-        for start, stop, twice in ((lo, hi, 1.0), (hi, stack.R, 2.0)):  # the diagonal tile, then all beyond it
+        for start, stop, twice in (
+            (lo, hi, 1.0),
+            (hi, stack.R, 2.0),
+        ):  # the diagonal tile, then all beyond it
             if start == stop:
                 continue
             left = P[:, :, lo:hi].mT @ P[:, :, start:stop]

@@ -1,0 +1,26 @@
+"""FlexLoRA aggregation for federated LoRA: right, certified and fast.
+
+>>> import flexlora_fast as ff
+>>> ff.methods.get("flexlora").name
+'flexlora'
+"""
+
+from __future__ import annotations
+
+from flexlora_fast import errors, methods
+from flexlora_fast.adapter import Adapter
+from flexlora_fast.aggregator import Aggregator, aggregate
+from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapter",
+    "Aggregator",
+    "ClientRecord",
+    "GlobalUpdate",
+    "LayerUpdate",
+    "Refusal",
+    "aggregate",
+    "errors",
+    "methods",
+]

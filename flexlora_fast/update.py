@@ -1,0 +1,405 @@
+"""The global update of a round: certified leading triplets of every layer, and the adapters made from them."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from flexlora_fast import config as configs
+from flexlora_fast import layouts
+from flexlora_fast.adapter import Adapter
+from flexlora_fast.errors import AdapterError, OptionError, RankError
+from flexlora_fast.layouts import LayerSpec
+from flexlora_fast.lowrank.factorization import Factorization, complete
+from flexlora_fast.lowrank.random import stream
+
+if TYPE_CHECKING:
+    from flexlora_fast.report import Report
+
+Split = Literal["B", "balanced", "A"]
+SPLITS = ("B", "balanced", "A")
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What the round knows of one accepted client, enough to make its adapter again.
+
+    ``weight`` is its normalised share; ``ranks`` its rank by layer; ``extras`` the keys of its tensors that are not
+    low-rank pairs; ``dtype`` that of its factors.
+    """
+
+    name: str
+    weight: float
+    config: dict[str, Any]
+    ranks: dict[str, int]
+    extras: tuple[str, ...] = ()
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A client that was not taken into the round, and why."""
+
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """ΔW of one layer as its leading singular triplets, with their certificate.
+
+    Attributes:
+        spec: names and shapes of the layer.
+        factorization: U (E, m, k), S (E, k), V (E, n, k), energy (E,); E is 1 but for MoE experts.
+        total_rank: R, the sum of the clients' ranks in this layer.
+        averaged: for methods that average factors (``output = "slice"``), their B̄ (E, m, r) and Ā (E, r, n):
+            adapters are then their first columns instead of singular triplets.
+        bias: Σ w·s·(lora_B.bias) (m,), where clients train one.
+    """
+
+    spec: LayerSpec
+    factorization: Factorization
+    total_rank: int
+    averaged: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def S(self) -> Tensor:
+        """The kept spectrum, float64, descending: (k,), or (E, k) for the experts of a MoE layer."""
+        S = self.factorization.S
+        return S if self.spec.kind == "moe" else S[0]
+
+    @property
+    def rank(self) -> int:
+        """k, the largest rank an adapter can be cut to."""
+        return self.averaged[1].shape[1] if self.averaged else self.factorization.S.shape[1]
+
+    @property
+    def energy(self) -> float:
+        """‖ΔW‖_F² (over all experts), float64."""
+        return float(self.factorization.energy.sum())
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖_F."""
+        return self.energy**0.5
+
+    @property
+    def solver(self) -> str:
+        return self.factorization.solver
+
+    @property
+    def iterations(self) -> int:
+        return self.factorization.iterations
+
+    @property
+    def excess(self) -> float:
+        """Estimated excess of the rank-k result; 0 where the solver is exact."""
+        return self.factorization.excess
+
+    @property
+    def complete(self) -> bool:
+        """Whether the triplets hold all of ΔW, so that any higher rank is as good."""
+        return self.factorization.S.shape[1] >= min(self.total_rank, self.spec.m, self.spec.n)
+
+    def error(self, rank: int) -> float:
+        """‖ΔW − ΔW_rank‖_F of the adapter of that rank: √(‖ΔW‖_F² − Σ_{j≤rank} σ_j²).
+
+        Resolved down to about 1e-8·‖ΔW‖ for exact solvers and 1e-4·‖ΔW‖ for those that iterate in float32.
+        Raises ``RankError`` beyond what is kept, unless nothing was cut off.
+        """
+        self.check_rank(rank, lowest=0)
+        if self.averaged:
+            return self._slice_error(rank)
+        kept = float(self.factorization.S[:, :rank].square().sum())
+        return max(0.0, self.energy - kept) ** 0.5
+
+    def energy_kept(self, rank: int) -> float:
+        """The share of ‖ΔW‖_F² that an adapter of that rank holds, 0…1 (1 where ΔW is zero)."""
+        return 1.0 - self.error(rank) ** 2 / self.energy if self.energy else 1.0
+
+    def check_rank(self, rank: int, lowest: int = 1) -> None:
+        if rank < lowest:
+            raise RankError(f"rank {rank} is below {lowest}", layer=self.name)
+        if rank > self.rank and not self.complete:
+            raise RankError(
+                f"rank {rank} is more than the {self.rank} triplets this update keeps; "
+                f"aggregate again with rank={rank} or more",
+                layer=self.name,
+            )
+
+    def _slice_error(self, rank: int) -> float:
+        """‖B̄·Ā − B̄[:, :rank]·Ā[:rank]‖_F: the norm of the columns cut off, from their Grams in float64."""
+        assert self.averaged is not None
+        B, A = (X.double() for X in self.averaged)
+        B, A = B[:, :, rank:], A[:, rank:]
+        return float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0)) ** 0.5
+
+    def factors(self, rank: int, split: Split, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """A (E, rank, n) and B (E, m, rank), float32, with B·A = ΔW_rank; the scale is not in them.
+
+        Columns beyond the rank of ΔW hold no update but stay trainable: one factor is zero, the other has unit
+        rows (as LoRA's own initialisation has).
+        """
+        self.check_rank(rank)
+        if self.averaged:
+            B, A = self.averaged
+            return _pad(A[:, :rank], B[:, :, :rank], rank, split, stream(seed, self.name))
+        f = self.factorization
+        S = f.S[:, :rank].float()
+        if split == "B":
+            B, A = f.U[:, :, :rank] * S.unsqueeze(1), f.V[:, :, :rank].mT
+        elif split == "A":
+            B, A = f.U[:, :, :rank], f.V[:, :, :rank].mT * S.unsqueeze(2)
+        else:
+            root = S.sqrt()
+            B = f.U[:, :, :rank] * root.unsqueeze(1)
+            # A zero singular value would leave both factors zero, and such a column never learns.
+            A = f.V[:, :, :rank].mT * torch.where(root > 0, root, torch.ones_like(root)).unsqueeze(2)
+        return _pad(A, B, rank, split, stream(seed, self.name))
+
+
+def _pad(A: Tensor, B: Tensor, rank: int, split: Split, key: int) -> tuple[Tensor, Tensor]:
+    """Extend A (E, r, n) and B (E, m, r) to ``rank`` without changing B·A."""
+    missing = rank - A.shape[1]
+    if missing <= 0:
+        return A, B
+    if split == "A":
+        fresh = torch.stack([_fresh(b, rank, key) for b in B])
+        return torch.cat([A, A.new_zeros(A.shape[0], missing, A.shape[2])], dim=1), torch.cat(
+            [B, fresh], dim=2
+        )
+    fresh = torch.stack([_fresh(a.T, rank, key) for a in A]).mT
+    return torch.cat([A, fresh], dim=1), torch.cat([B, B.new_zeros(*B.shape[:2], missing)], dim=2)
+
+
+def _fresh(X: Tensor, count: int, key: int) -> Tensor:
+    """Unit columns, orthogonal to the span of X (m, r) while there is room, up to ``count`` in all."""
+    # Through QR, since X need not have orthonormal columns; only the fresh part is used.
+    basis = torch.linalg.qr(X.double())[0].to(X.dtype)[:, : X.shape[1]]
+    return complete(basis, basis.shape[1] + count - X.shape[1], key)[:, basis.shape[1] :]
+
+
+@dataclass(frozen=True)
+class GlobalUpdate(Mapping[str, LayerUpdate]):
+    """The result of a round, by layer. Made by ``aggregate`` or ``Aggregator.finish``.
+
+    Attributes:
+        layer_updates: the layers, sorted by name.
+        extras: averages of what is not a low-rank pair (heads, biases, trainable tokens), by state-dict key.
+        clients: the accepted clients; refused: the others.
+        method, seed: as given. template: the LoRA config that adapters start from.
+        seconds: wall time of the parts of the round.
+    """
+
+    layer_updates: dict[str, LayerUpdate]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    clients: list[ClientRecord] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    method: str = "flexlora"
+    seed: int = 0
+    template: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of all layers any client adapted, sorted."""
+        return list(self.layer_updates)
+
+    def __getitem__(self, layer: str) -> LayerUpdate:
+        if layer not in self.layer_updates:
+            near = difflib.get_close_matches(layer, self.layers, n=3)
+            hint = f"did you mean {', '.join(map(repr, near))}?" if near else "see update.layers"
+            raise AdapterError(f"this update has no layer {layer!r}; {hint}")
+        return self.layer_updates[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layer_updates)
+
+    def __len__(self) -> int:
+        return len(self.layer_updates)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.layer_updates
+
+    def delta(self, layer: str, rank: int | None = None, layout: str = "matrix") -> Tensor:
+        """The dense update of one layer cut to ``rank`` (default: all that is kept), float32.
+
+        (m, n), or (E, m, n) for MoE; with ``layout="weight"`` in the layout of the weight itself.
+        """
+        update = self[layer]
+        A, B = update.factors(update.rank if rank is None else rank, "B", self.seed)
+        delta = B @ A
+        if layout == "weight":
+            return layouts.to_weight_layout(update.spec, delta)
+        if layout != "matrix":
+            raise OptionError(f"layout {layout!r} is neither 'matrix' nor 'weight'")
+        return delta if update.spec.kind == "moe" else delta[0]
+
+    def adapter(
+        self,
+        rank: int | None = None,
+        *,
+        config: Any = None,
+        client: str | None = None,
+        alpha: float | None = None,
+        split: Split = "B",
+        dtype: torch.dtype | None = None,
+    ) -> Adapter:
+        """The best adapter of a given rank: s'·B'·A' is ΔW truncated to it, layer by layer.
+
+        Exactly one of these says which:
+            rank: one rank for all layers, with ``alpha`` (default: the first client's) and the clients' rsLoRA flag.
+            config: a ``peft.LoraConfig`` or its dict; its targets, ranks, alphas and patterns are honoured.
+            client: a name of this round; its own layers, ranks, scale and dtype.
+        With none of them: the largest rank kept.
+
+        Args:
+            split: where the singular values go: all in B ("B", as in FlexLoRA and PEFT), √S in each ("balanced"),
+                or all in A ("A").
+            dtype: of the factors; default float32, or the client's own.
+
+        Raises:
+            RankError: a rank that this update does not keep.
+            OptionError: contradicting arguments. AdapterError: an unknown client, or a config that targets no layer.
+        """
+        if sum(x is not None for x in (rank, config, client)) > 1:
+            raise OptionError("give one of rank=, config= or client=, not several")
+        if alpha is not None and (config is not None or client is not None):
+            raise OptionError("alpha= goes with rank=; a config or client brings its own")
+        if split not in SPLITS:
+            raise OptionError(f"split {split!r} is not one of {', '.join(map(repr, SPLITS))}")
+        if client is not None:
+            record = self._client(client)
+            dtype = dtype or getattr(torch, record.dtype)
+            return self._build(record.config, dict(record.ranks), list(record.extras), split, dtype, client)
+        if config is not None:
+            config = configs.normalize(config)
+            configs.refuse_unsupported(config)
+            ranks = self._targeted(config)
+            return self._build(config, ranks, _extras_for(config, list(self.extras)), split, dtype, None)
+        rank = max((u.rank for u in self.values()), default=0) if rank is None else rank
+        config = {**self.template, "r": rank, "rank_pattern": {}, "alpha_pattern": {}}
+        config["lora_alpha"] = config.get("lora_alpha", rank) if alpha is None else alpha
+        return self._build(config, dict.fromkeys(self.layers, rank), list(self.extras), split, dtype, None)
+
+    def _client(self, name: str) -> ClientRecord:
+        for record in self.clients:
+            if record.name == name:
+                return record
+        known = ", ".join(repr(record.name) for record in self.clients[:5])
+        raise AdapterError(
+            f"no such client in this round; it has {len(self.clients)}: {known} …", client=name
+        )
+
+    def _targeted(self, config: dict[str, Any]) -> dict[str, int]:
+        """Ranks by layer of the layers that a config adapts."""
+        names = {layer: update.spec.pattern_name for layer, update in self.items()}
+        ranks = {
+            layer: configs.rank_for(config, name)
+            for layer, name in names.items()
+            if configs.targets(config, name)
+        }
+        if not ranks:
+            raise AdapterError(
+                f"the config targets none of this update's layers: target_modules={config.get('target_modules')!r}, "
+                f"layers {', '.join(self.layers[:3])} …"
+            )
+        return ranks
+
+    def _build(
+        self,
+        config: dict[str, Any],
+        ranks: dict[str, int],
+        extras: list[str],
+        split: Split,
+        dtype: torch.dtype | None,
+        client: str | None,
+    ) -> Adapter:
+        config = configs.normalize(config)
+        factors, scales, biases = {}, {}, {}
+        for layer, rank in ranks.items():
+            update = self[layer]
+            scale = configs.scale_for(config, update.spec.pattern_name, rank)
+            if scale == 0:
+                raise OptionError(
+                    "alpha is 0 here, so no adapter can hold the update; give another alpha", layer=layer
+                )
+            A, B = update.factors(rank, split, self.seed)
+            A, B = _descale(A, B, scale, split, sliced=update.averaged is not None)
+            factors[layer] = (A.to(dtype or torch.float32), B.to(dtype or torch.float32))
+            scales[layer] = scale
+            if update.bias is not None and config.get("lora_bias"):
+                biases[layer] = (update.bias / scale).to(dtype or torch.float32)
+            _check_representable(factors[layer], layer)
+        return Adapter.from_factors(
+            factors,
+            {layer: self[layer].spec for layer in ranks},
+            scales,
+            config,
+            client=client,
+            lora_bias=biases,
+            extras={key: self.extras[key] for key in extras if key in self.extras},
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to one safetensors file (``load`` reads it back bit for bit). Returns the path."""
+        from flexlora_fast import storage
+
+        return storage.save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> GlobalUpdate:
+        """Read what ``save`` wrote. Raises ``AdapterError`` for a file that is none."""
+        from flexlora_fast import storage
+
+        return storage.load(Path(path))
+
+    def report(self) -> Report:
+        """Tables, plots and JSON of this round."""
+        from flexlora_fast.report import Report
+
+        return Report(self)
+
+    def solvers(self) -> Counter[str]:
+        """How many layers each solver took."""
+        return Counter(update.solver for update in self.values())
+
+
+def _descale(A: Tensor, B: Tensor, scale: float, split: Split, *, sliced: bool) -> tuple[Tensor, Tensor]:
+    """Take the scale out of the factors, from the side (or sides) that the split puts the magnitude on."""
+    if sliced or split == "balanced":
+        root = abs(scale) ** 0.5
+        return A / root, B / (root if scale > 0 else -root)
+    return (A / scale, B) if split == "A" else (A, B / scale)
+
+
+def _check_representable(factors: tuple[Tensor, Tensor], layer: str) -> None:
+    for name, X in zip("AB", factors, strict=True):
+        if not bool(torch.isfinite(X).all()):
+            raise AdapterError(f"{name} overflows {X.dtype}; ask for dtype=torch.float32", layer=layer)
+
+
+def _extras_for(config: dict[str, Any], keys: list[str]) -> list[str]:
+    """The averaged tensors that a model with this config has a place for."""
+    heads = config.get("modules_to_save") or []
+    kept = []
+    for key in keys:
+        path = key.split(".")
+        is_head = any(part in heads for part in path)
+        is_token = "trainable_tokens_delta" in key and config.get("trainable_token_indices")
+        is_bias = path[-1].endswith("bias") and config.get("bias", "none") != "none"
+        if is_head or is_token or is_bias or key.endswith("base_layer.weight"):
+            kept.append(key)
+    return kept
