@@ -16,7 +16,6 @@ from torch import Tensor
 from flexlora_fast import methods
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import (
-    AdapterError,
     BackendError,
     EmptyRoundError,
     FlexLoRAError,
@@ -88,16 +87,12 @@ def aggregate(
     for option, values in (("weights", weights), ("clients", clients)):
         if values is not None and len(values) != len(adapters):
             raise WeightError(f"{len(values)} {option} for {len(adapters)} adapters; give one for each")
-    names = list(clients) if clients is not None else [None] * len(adapters)
-    for i, (adapter, name) in enumerate(track(list(zip(adapters, names, strict=True)), "clients", progress)):
-        if isinstance(weights, Mapping):
-            name = name or round_.name_for(adapter)
-            if name not in weights:
-                raise WeightError(f"weights has no entry for it; it has {sorted(weights)[:5]} …", client=name)
-            weight = weights[name]
-        else:
-            weight = 1.0 if weights is None else weights[i]
-        round_.add(adapter, weight, client=name)
+    for i, adapter in enumerate(track(adapters, "clients", progress)):
+        name = clients[i] if clients is not None else round_.name_for(adapter)
+        if isinstance(weights, Mapping) and name not in weights:
+            raise WeightError(f"weights has no entry for it; it has {sorted(weights)[:5]} …", client=name)
+        share = 1.0 if weights is None else weights[name] if isinstance(weights, Mapping) else weights[i]
+        round_.add(adapter, share, client=name)
     return round_.finish()
 
 
@@ -138,9 +133,7 @@ class Aggregator:
         progress: bool | None = None,
     ) -> None:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise RankError(
-                f"rank is {rank!r}; give an integer ≥ 1, or None for the largest that clients send"
-            )
+            raise RankError(f"rank is {rank!r}; give an integer ≥ 1, or None for the largest that clients send")
         if not (isinstance(tol, (int, float)) and tol >= 0):
             raise OptionError(f"tol is {tol!r}; give a number ≥ 0 (0 asks for an exact solver)")
         if missing not in MISSING:
@@ -196,15 +189,8 @@ class Aggregator:
     def _check(self, name: str, adapter: Adapter, weight: Any) -> None:
         """Everything that can refuse a client, before anything of the round changes."""
         if name in self._clients:
-            raise IncompatibleAdapterError(
-                "this client is already in the round; give each client its own name"
-            )
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, (int, float))
-            or not math.isfinite(weight)
-            or weight < 0
-        ):
+            raise IncompatibleAdapterError("this client is already in the round; give each client its own name")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
             raise WeightError(f"weight is {weight!r}; give a finite number ≥ 0")
         adapter.validate_finite()
         for layer in adapter.layers:
@@ -227,25 +213,17 @@ class Aggregator:
             AdapterError: a layer whose ΔW overflows, naming it.
         """
         if not self._clients:
-            refused = (
-                f"; {len(self.refused)} were refused, the first: {self.refused[0].reason}"
-                if self.refused
-                else ""
-            )
+            refused = f"; {len(self.refused)} were refused, the first: {self.refused[0].reason}" if self.refused else ""
             raise EmptyRoundError(f"no client is in this round{refused}; add at least one adapter")
         total = math.fsum(client.weight for client in self._clients.values())
         if not 0 < total < math.inf:
-            raise WeightError(
-                f"the weights of {len(self._clients)} clients sum to {total}; they must sum to > 0"
-            )
+            raise WeightError(f"the weights of {len(self._clients)} clients sum to {total}; they must sum to > 0")
         # Canonical order: sums come out the same whatever the order of arrival. Weight 0 equals absent.
         clients = [self._clients[name] for name in sorted(self._clients) if self._clients[name].weight > 0]
         shares = {client.name: client.weight / total for client in clients}
         start = time.perf_counter()
         layers = sorted({layer for client in clients for layer in client.adapter.layers})
-        updates = {
-            layer: self._layer(layer, clients, shares) for layer in track(layers, "layers", self.progress)
-        }
+        updates = {layer: self._layer(layer, clients, shares) for layer in track(layers, "layers", self.progress)}
         solved = time.perf_counter()
         return GlobalUpdate(
             layer_updates=updates,
@@ -296,9 +274,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise BackendError(f"device {device!r} is none that torch knows: {error}") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            "device 'cuda' was asked for, but torch sees no GPU; `flexlora-fast doctor` says more"
-        )
+        raise BackendError("device 'cuda' was asked for, but torch sees no GPU; `flexlora-fast doctor` says more")
     return chosen
 
 
@@ -325,9 +301,7 @@ def _check_same_base(adapter: Adapter, other: _Client) -> None:
             if not a or not b:
                 continue
         if a != b:
-            raise IncompatibleAdapterError(
-                f"its {key} is {a!r}, that of client {other.name!r} is {b!r}; {remedy}"
-            )
+            raise IncompatibleAdapterError(f"its {key} is {a!r}, that of client {other.name!r} is {b!r}; {remedy}")
     for key, tensor in adapter.extras.items():
         known = other.adapter.extras.get(key)
         if known is not None and known.shape != tensor.shape:

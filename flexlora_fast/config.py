@@ -77,8 +77,7 @@ def normalize(config: Any, client: str | None = None) -> Config:
             plain[key] = copy.copy(value)
     if str(plain["peft_type"]).upper() != "LORA":
         raise UnsupportedAdapterError(
-            f"peft_type is {plain['peft_type']!r}; only LORA adapters can be aggregated: train with "
-            "peft.LoraConfig",
+            f"peft_type is {plain['peft_type']!r}; only LORA adapters can be aggregated: train with peft.LoraConfig",
             client=client,
         )
     _check_numbers(plain, client)
@@ -313,6 +312,8 @@ def with_ranks(
             raise RankError(f"the rank is {rank!r}; it must be an integer of at least 1", layer=layer)
         name = (names or {}).get(layer, layer)
         wanted = (rank, float(scales[layer]))
+        if not math.isfinite(wanted[1]):
+            raise AdapterError(f"the scale is {wanted[1]}; it must be finite", layer=layer)
         if by_name.setdefault(name, wanted) != wanted:
             raise AdapterError(
                 f"rank {rank} and scale {wanted[1]:g} here, but PEFT gives all layers of {name!r} one rank "

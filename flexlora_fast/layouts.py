@@ -139,23 +139,31 @@ def training_only(key: str) -> bool:
     return not _TRAINING_ONLY.isdisjoint(key.split("."))
 
 
-def _sort_keys(
-    tensors: Mapping[str, Tensor], client: str | None
-) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _sort_keys(tensors: Mapping[str, Tensor], client: str | None) -> tuple[dict[str, dict[str, str]], list[str]]:
     slots: dict[str, dict[str, str]] = {}
     extras: list[str] = []
     for key in tensors:
-        parts = key.split(".")
-        slot, used = _SLOTS.get(tuple(parts[-1:])), 1
-        if slot is None:
-            slot, used = _SLOTS.get(tuple(parts[-2:])), 2
+        layer, slot = split_key(key)
         if slot is not None:
-            layer = ".".join(parts[:-used]).removeprefix(PREFIX)
             slots.setdefault(layer, {})[slot] = key
         elif not training_only(key):
-            _refuse_lora_key(key, parts, client)
+            _refuse_lora_key(key, key.split("."), client)
             extras.append(key)
     return slots, extras
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """The layer of a state-dict key and what it is there: ``"A"``, ``"B"``, ``"bias"`` (of B), or ``None``.
+
+    >>> split_key("base_model.model.mlp.fc.lora_A.weight"), split_key("base_model.model.head.bias")
+    (('mlp.fc', 'A'), ('head.bias', None))
+    """
+    parts = key.removeprefix(PREFIX).split(".")
+    for used in (1, 2):
+        slot = _SLOTS.get(tuple(parts[-used:]))
+        if slot is not None:
+            return ".".join(parts[:-used]), slot
+    return ".".join(parts), None
 
 
 def _refuse_lora_key(key: str, parts: list[str], client: str | None) -> None:
@@ -185,8 +193,7 @@ def _check_pair(layer: str, slot: dict[str, str], tensors: Mapping[str, Tensor],
     for one, other in (("A", "B"), ("B", "A")):
         if one not in slot:
             raise AdapterError(
-                f"{other} ({slot.get(other) or slot['bias']!r}) has no partner {one}; send both factors of "
-                "each layer",
+                f"{other} ({slot.get(other) or slot['bias']!r}) has no partner {one}; send both factors of each layer",
                 client=client,
                 layer=layer,
             )
@@ -194,8 +201,7 @@ def _check_pair(layer: str, slot: dict[str, str], tensors: Mapping[str, Tensor],
         tensor = tensors[key]
         if tensor.dtype not in FACTOR_DTYPES:
             raise AdapterError(
-                f"{key!r} is {tensor.dtype}; factors must be float32, float16 or bfloat16: cast it before "
-                "sending",
+                f"{key!r} is {tensor.dtype}; factors must be float32, float16 or bfloat16: cast it before sending",
                 client=client,
                 layer=layer,
             )
@@ -210,17 +216,13 @@ def _check_pair(layer: str, slot: dict[str, str], tensors: Mapping[str, Tensor],
     m = tensors[slot["B"]].shape[0]
     if "bias" in slot and tuple(tensors[slot["bias"]].shape) != (m,):
         shape = tuple(tensors[slot["bias"]].shape)
-        raise AdapterError(
-            f"lora_B.bias has shape {shape}, but B has {m} outputs", client=client, layer=layer
-        )
+        raise AdapterError(f"lora_B.bias has shape {shape}, but B has {m} outputs", client=client, layer=layer)
 
 
 def _check_shapes(layer: str, a: torch.Size, b: torch.Size, slot: dict[str, str], client: str | None) -> None:
     embedding = slot["A"].endswith("lora_embedding_A")
     if embedding != slot["B"].endswith("lora_embedding_B"):
-        raise AdapterError(
-            f"{slot['A']!r} and {slot['B']!r} are of different kinds", client=client, layer=layer
-        )
+        raise AdapterError(f"{slot['A']!r} and {slot['B']!r} are of different kinds", client=client, layer=layer)
     dims = (2,) if embedding else (2, 3, 4, 5)
     if len(a) not in dims or len(b) != len(a) or any(k != 1 for k in b[2:]):
         raise AdapterError(
@@ -301,9 +303,7 @@ def _infer_facts(
         if is_matrix and not is_module and configs.parameter_targets(config, module):
             nests.setdefault(module, []).append(layer)
     for module, layers in nests.items():
-        shapes = {
-            layer: (tensors[slots[layer]["A"]].shape, tensors[slots[layer]["B"]].shape) for layer in layers
-        }
+        shapes = {layer: (tensors[slots[layer]["A"]].shape, tensors[slots[layer]["B"]].shape) for layer in layers}
         facts.update(_parameter_facts(module, shapes, config, client))
     return facts
 
@@ -320,9 +320,7 @@ def unwrapped(layer: str) -> str:
 Shapes = Mapping[str, tuple[torch.Size, torch.Size]]
 
 
-def _parameter_facts(
-    module: str, shapes: Shapes, config: Config, client: str | None
-) -> dict[str, LayerFacts]:
+def _parameter_facts(module: str, shapes: Shapes, config: Config, client: str | None) -> dict[str, LayerFacts]:
     """Which of ``target_parameters`` each of the nested wrappers of one module adapts, and its number of
     experts.
 
@@ -404,9 +402,7 @@ def from_factors(spec: LayerSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
         return a.reshape(-1, spec.n).contiguous(), b.permute(1, 2, 0).reshape(spec.m, -1).contiguous()
     if spec.kind == "conv":
         ones = (1,) * (len(spec.a_shape_tail) - 1)
-        return a[0].reshape(rank, *spec.a_shape_tail).contiguous(), b[0].reshape(
-            spec.m, rank, *ones
-        ).contiguous()
+        return a[0].reshape(rank, *spec.a_shape_tail).contiguous(), b[0].reshape(spec.m, rank, *ones).contiguous()
     return a[0].contiguous(), b[0].contiguous()
 
 

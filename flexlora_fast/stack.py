@@ -55,11 +55,7 @@ class Stack:
     @cached_property
     def d(self) -> Tensor:
         """(R,) float64."""
-        return (
-            torch.cat([block.d for block in self.blocks])
-            if self.blocks
-            else torch.zeros(0, dtype=torch.float64)
-        )
+        return torch.cat([block.d for block in self.blocks]) if self.blocks else torch.zeros(0, dtype=torch.float64)
 
     @cached_property
     def P(self) -> Tensor:

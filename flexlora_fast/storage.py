@@ -23,9 +23,7 @@ FORMAT = "flexlora_fast.global_update/1"
 
 def save(update: GlobalUpdate, path: Path) -> Path:
     """Write ``update`` to ``path``, whole or not at all (a temporary file, fsync, rename)."""
-    tensors: dict[str, Tensor] = {
-        f"extra/{key}": tensor.contiguous() for key, tensor in update.extras.items()
-    }
+    tensors: dict[str, Tensor] = {f"extra/{key}": tensor.contiguous() for key, tensor in update.extras.items()}
     layers = {}
     for name, layer in update.items():
         layers[name] = _layer_facts(layer)
@@ -64,12 +62,8 @@ def load(path: Path) -> GlobalUpdate:
     about = json.loads(metadata["update"])
     return GlobalUpdate(
         layer_updates={name: _load_layer(name, facts, tensors) for name, facts in about["layers"].items()},
-        extras={
-            key.removeprefix("extra/"): tensor for key, tensor in tensors.items() if key.startswith("extra/")
-        },
-        clients=[
-            ClientRecord(**{**record, "extras": tuple(record["extras"])}) for record in about["clients"]
-        ],
+        extras={key.removeprefix("extra/"): tensor for key, tensor in tensors.items() if key.startswith("extra/")},
+        clients=[ClientRecord(**{**record, "extras": tuple(record["extras"])}) for record in about["clients"]],
         refused=[Refusal(**refusal) for refusal in about["refused"]],
         method=about["method"],
         seed=about["seed"],

@@ -177,9 +177,7 @@ def _pad(A: Tensor, B: Tensor, rank: int, split: Split, key: int) -> tuple[Tenso
         return A, B
     if split == "A":
         fresh = torch.stack([_fresh(b, rank, key) for b in B])
-        return torch.cat([A, A.new_zeros(A.shape[0], missing, A.shape[2])], dim=1), torch.cat(
-            [B, fresh], dim=2
-        )
+        return torch.cat([A, A.new_zeros(A.shape[0], missing, A.shape[2])], dim=1), torch.cat([B, fresh], dim=2)
     fresh = torch.stack([_fresh(a.T, rank, key) for a in A]).mT
     return torch.cat([A, fresh], dim=1), torch.cat([B, B.new_zeros(*B.shape[:2], missing)], dim=2)
 
@@ -299,17 +297,13 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             if record.name == name:
                 return record
         known = ", ".join(repr(record.name) for record in self.clients[:5])
-        raise AdapterError(
-            f"no such client in this round; it has {len(self.clients)}: {known} …", client=name
-        )
+        raise AdapterError(f"no such client in this round; it has {len(self.clients)}: {known} …", client=name)
 
     def _targeted(self, config: dict[str, Any]) -> dict[str, int]:
         """Ranks by layer of the layers that a config adapts."""
         names = {layer: update.spec.pattern_name for layer, update in self.items()}
         ranks = {
-            layer: configs.rank_for(config, name)
-            for layer, name in names.items()
-            if configs.targets(config, name)
+            layer: configs.rank_for(config, name) for layer, name in names.items() if configs.targets(config, name)
         }
         if not ranks:
             raise AdapterError(
@@ -333,9 +327,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             update = self[layer]
             scale = configs.scale_for(config, update.spec.pattern_name, rank)
             if scale == 0:
-                raise OptionError(
-                    "alpha is 0 here, so no adapter can hold the update; give another alpha", layer=layer
-                )
+                raise OptionError("alpha is 0 here, so no adapter can hold the update; give another alpha", layer=layer)
             A, B = update.factors(rank, split, self.seed)
             A, B = _descale(A, B, scale, split, sliced=update.averaged is not None)
             factors[layer] = (A.to(dtype or torch.float32), B.to(dtype or torch.float32))

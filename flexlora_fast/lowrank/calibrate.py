@@ -45,7 +45,7 @@ def measure() -> Constants:
         eigh64=median_seconds(lambda: torch.linalg.eigh(spd)) / n**3,
         svd64=median_seconds(lambda: torch.linalg.svd(spd, full_matrices=False), 3) / n**3,
         cholesky64=median_seconds(lambda: torch.linalg.cholesky(spd)) / n**3,
-        bytes_per_second=12 * tall.numel() / median_seconds(lambda: tall.double()),
+        bytes_per_second=12 * tall.numel() / median_seconds(tall.double),
         call=median_seconds(lambda: small @ small, 200),
         measured_on=f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",

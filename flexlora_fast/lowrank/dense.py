@@ -20,9 +20,7 @@ def dense_energy(D: Tensor) -> Tensor:
 def from_triplets(t: Triplets, energy: Tensor, solver: str, key: int) -> Factorization:
     """Normalise the left vectors of an iterative solve."""
     inverse = torch.where(t.S > 0, 1 / t.S, torch.zeros_like(t.S)).unsqueeze(1)
-    return Factorization(
-        *finish(t.left * inverse.to(t.left.dtype), t.S, t.V, key), energy, solver, t.steps, t.excess
-    )
+    return Factorization(*finish(t.left * inverse.to(t.left.dtype), t.S, t.V, key), energy, solver, t.steps, t.excess)
 
 
 def solve_dense(stack: Stack, k: int, key: int, tol: float) -> Factorization:

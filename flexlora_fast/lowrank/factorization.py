@@ -47,7 +47,7 @@ def finish(U: Tensor, S: Tensor, V: Tensor, key: int) -> tuple[Tensor, Tensor, T
     zeros in both factors has no gradient).
     """
     top = S.amax(dim=-1, keepdim=True) if S.shape[-1] else S
-    valid = S > _NEGLIGIBLE * top
+    valid = S.gt(_NEGLIGIBLE * top)
     S = torch.where(valid, S, torch.zeros_like(S))
     U, V = U.to(torch.float32), V.to(torch.float32)
     if S.numel() and not bool(valid.all()):

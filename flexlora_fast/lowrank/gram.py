@@ -56,9 +56,7 @@ def _cholesky(G: Tensor) -> Tensor:
     L, info = torch.linalg.cholesky_ex(G)
     R = G.shape[-1]
     ridge = R * 2.0**-52
-    while int(info.max() if info.numel() else 0) or (
-        R and float(L.diagonal(dim1=-2, dim2=-1).amin()) < ridge**0.5
-    ):
+    while int(info.max() if info.numel() else 0) or (R and float(L.diagonal(dim1=-2, dim2=-1).amin()) < ridge**0.5):
         L, info = torch.linalg.cholesky_ex(G + ridge * torch.eye(R, dtype=G.dtype, device=G.device))
         if int(info.max()) == 0:
             break

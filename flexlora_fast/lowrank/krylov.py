@@ -32,12 +32,10 @@ class Operator:
     apply_t: Callable[[Tensor], Tensor]
     energy: Tensor
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None
 
     def transposed(self) -> Operator:
-        return Operator(
-            self.n, self.m, self.batch, self.apply_t, self.apply, self.energy, self.dtype, self.device
-        )
+        return Operator(self.n, self.m, self.batch, self.apply_t, self.apply, self.energy, self.dtype, self.device)
 
 
 @dataclass

@@ -85,11 +85,7 @@ def seconds(shape: Shape, c: Constants) -> dict[str, float]:
     factor_loop = _krylov(shape, c, product=4.0 * (m + n) * R / c.thin32, side=s, long=long, rate=c.thin32)
     core_loop = _krylov(shape, c, product=4.0 * R * R / c.gemm64, side=R, long=R, rate=c.gemm64)
     width = k + max(10, k // 5)
-    power = (
-        3
-        * shape.steps
-        * (4.0 * (m + n) * R * width / c.thin32 + 8 * long * width**2 / c.gemm64 + 20 * c.call)
-    )
+    power = 3 * shape.steps * (4.0 * (m + n) * R * width / c.thin32 + 8 * long * width**2 / c.gemm64 + 20 * c.call)
     if s <= R:
         gram = dense64 + 2 * long * s**2 / c.gemm64 + c.eigh64 * s**3 + 2 * m * n * k / c.gemm64
     else:

@@ -21,7 +21,4 @@ class FlexLoRA(Method):
     summary = "exact weighted sum of all updates; every client gets its best truncation (mixed ranks)"
 
     def blocks(self, contributions: Sequence[Contribution]) -> list[Block]:
-        return [
-            Block(c.B, c.A, torch.full((c.rank,), c.weight * c.scale, dtype=torch.float64))
-            for c in contributions
-        ]
+        return [Block(c.B, c.A, torch.full((c.rank,), c.weight * c.scale, dtype=torch.float64)) for c in contributions]
