@@ -31,6 +31,3 @@ def require_runnable(op: str, kernel: object, **tensors: torch.Tensor) -> None:
                 f"{op}: {name} is on {tensor.device}, and Triton kernels run on a CUDA GPU (or, slowly, on the "
                 "CPU with TRITON_INTERPRET=1 in the environment before Python starts)"
             )
-        if interpreted and tensor.dtype == torch.bfloat16:
-            # https://github.com/triton-lang/triton/issues/10945
-            raise BackendError(f"{op}: {name} is bfloat16, which Triton's interpreter computes wrongly without a word")

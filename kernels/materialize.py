@@ -51,6 +51,8 @@ def materialize_kernel(
     rows = ((tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = ((tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # Operands become float32 as they are loaded, also because Triton's interpreter gets bfloat16 arithmetic silently
+    # wrong (https://github.com/triton-lang/triton/issues/10945).
     for start in range(0, R, BLOCK_R):
         ranks = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         p = tl.load(
@@ -85,7 +87,7 @@ def materialize(P: torch.Tensor, d: torch.Tensor, Q: torch.Tensor) -> torch.Tens
 
     Raises:
         ValueError: where shapes, dtypes or devices do not fit together.
-        BackendError: where the kernel cannot run: CPU tensors outside the interpreter, bfloat16 inside it.
+        BackendError: where the kernel cannot run: CPU tensors outside Triton's interpreter.
     """
     if P.dim() != 2 or Q.dim() != 2 or P.shape[1] != Q.shape[0] or d.shape != P.shape[1:]:
         shapes = f"P {tuple(P.shape)}, d {tuple(d.shape)} and Q {tuple(Q.shape)}"
