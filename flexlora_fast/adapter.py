@@ -51,12 +51,8 @@ class Adapter:
         self._tensors = _canonical(tensors, client)
         specs, self._bias_keys, self._extra_keys = layouts.parse(self._tensors, self._config, client, facts)
         self._specs = specs
-        self._ranks = {
-            layer: configs.rank_for(self._config, spec.pattern_name) for layer, spec in specs.items()
-        }
-        self._scales = {
-            layer: configs.scale_for(self._config, spec.pattern_name) for layer, spec in specs.items()
-        }
+        self._ranks = {layer: configs.rank_for(self._config, spec.pattern_name) for layer, spec in specs.items()}
+        self._scales = {layer: configs.scale_for(self._config, spec.pattern_name) for layer, spec in specs.items()}
 
     # -- ways in ---
 
@@ -291,6 +287,8 @@ class Adapter:
 
 def _canonical(tensors: Mapping[str, Tensor], client: str | None) -> dict[str, Tensor]:
     """Detached, in key order, every key with PEFT's ``base_model.model.`` in front."""
+    if not isinstance(tensors, Mapping) or not all(isinstance(key, str) for key in tensors):
+        raise AdapterError("the state dict must map names to tensors", client=client)
     result: dict[str, Tensor] = {}
     for key in sorted(tensors):
         tensor = tensors[key]

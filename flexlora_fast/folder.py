@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,9 +36,7 @@ def read(path: str | os.PathLike[str], client: str | None = None) -> tuple[dict[
                 "its code; have the client save with save_pretrained(..., safe_serialization=True)",
                 client=client,
             )
-        raise AdapterError(
-            f"{str(folder)!r} has no {WEIGHTS_NAME}; save it with peft's save_pretrained", client=client
-        )
+        raise AdapterError(f"{str(folder)!r} has no {WEIGHTS_NAME}; save it with peft's save_pretrained", client=client)
     config = _read_config(folder / CONFIG_NAME, client)
     try:
         return load_file(weights), config
@@ -60,8 +57,7 @@ def _read_config(path: Path, client: str | None) -> Config:
         ) from error
     if not isinstance(config, dict):
         raise AdapterError(
-            f"{str(path)!r} holds a {type(config).__name__}, not an object; save it with peft's "
-            "save_pretrained",
+            f"{str(path)!r} holds a {type(config).__name__}, not an object; save it with peft's save_pretrained",
             client=client,
         )
     return config
@@ -76,23 +72,17 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: C
     _replace(folder / CONFIG_NAME, lambda to: Path(to).write_text(text, encoding="utf-8"))
 
 
-def _replace(target: Path, write: Any) -> None:
+def _replace(target: Path, write_to: Callable[[str], object]) -> None:
     """Write beside the target, then swap: the old file may be mapped by the very tensors being written."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
+        write_to(str(temporary))
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())  # else a power cut could leave the new name with no content
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -152,6 +152,11 @@ def _parameters(module: Any, adapter_name: str) -> tuple[Tensor, Tensor, Tensor 
     return module.lora_A[adapter_name].weight, b.weight, getattr(b, "bias", None)
 
 
+def _stored(adapter: Adapter, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """An adapter's A, B and bias of B, in the state dict's shapes."""
+    return (*layouts.from_factors(adapter.spec(layer), *adapter.factors(layer)), adapter.lora_bias(layer))
+
+
 def _rank(module: Any, adapter_name: str, fact: LayerFacts) -> int:
     return _parameters(module, adapter_name)[0].shape[0] // fact.experts
 
@@ -182,9 +187,9 @@ def _check_layers(
 def _check_layer(adapter: Adapter, layer: str, module: Any, fact: LayerFacts, adapter_name: str) -> None:
     if adapter_name in module.merged_adapters:
         raise AdapterError("this adapter is merged into the base weight; call model.unmerge_adapter() first")
-    spec, state = adapter.spec(layer), adapter.state_dict()
+    spec = adapter.spec(layer)
     a, b, bias = _parameters(module, adapter_name)
-    new_a, new_b, new_bias = state[spec.a_key], state[spec.b_key], adapter.lora_bias(layer)
+    new_a, new_b, new_bias = _stored(adapter, layer)
     embedding = adapter_name in module.lora_embedding_A
     same = a.shape[1:] == new_a.shape[1:] and (b.shape[0], b.shape[2:]) == (new_b.shape[0], new_b.shape[2:])
     if not same or spec.experts != fact.experts or embedding != (spec.kind == "embedding"):
@@ -298,9 +303,7 @@ def _resize(module: Any, adapter_name: str, rank: int, alpha: float, live_config
 
 
 def _write(adapter: Adapter, layer: str, module: Any, adapter_name: str) -> None:
-    spec, state = adapter.spec(layer), adapter.state_dict()
-    new = (state[spec.a_key], state[spec.b_key], adapter.lora_bias(layer))
-    for parameter, value in zip(_parameters(module, adapter_name), new, strict=True):
+    for parameter, value in zip(_parameters(module, adapter_name), _stored(adapter, layer), strict=True):
         if parameter is not None and value is not None:
             parameter.copy_(value)
 
