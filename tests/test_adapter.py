@@ -87,6 +87,7 @@ def test_rank_and_alpha_patterns() -> None:
         assert adapter.scale(layer) == live.scaling["default"]
 
 
+@pytest.mark.filterwarnings("ignore:Adapter .default.: 1 LoRA tensor")  # PEFT takes lora_B.bias for a shard
 def test_extras_and_lora_bias(tmp_path: Path) -> None:
     options = {"modules_to_save": ["classifier"], "trainable_token_indices": {"embed": [1, 7]}}
     model = trained_adapter(4, 3, lora_bias=True, bias="lora_only", **options)

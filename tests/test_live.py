@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.config import VeloraConfig
 from torch import Tensor, nn
 
 from flexlora_fast.adapter import Adapter
@@ -206,6 +207,28 @@ def test_another_rank_keeps_flags_dtype_dropout_mode_and_random_numbers() -> Non
     assert not fc.lora_dropout["default"].training and not fc.lora_A["default"].training
     assert fc.lora_dropout["default"].p == 0.3
     assert model.peft_config["default"].init_lora_weights == "orthogonal"
+
+
+ACCEPTED = [
+    {"init_lora_weights": False},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": "eva", "eva_config": EvaConfig()},
+    {"velora_config": VeloraConfig(num_groups=2)},
+    {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
+]
+
+
+@pytest.mark.parametrize("options", ACCEPTED, ids=lambda o: "-".join(map(str, o.items()))[:40])
+def test_accepted_variants_change_rank(options: dict[str, Any]) -> None:
+    source = trained_adapter(1, 6, model=tiny("Llama", **LLAMA), target_modules=["q_proj"], **options)
+    model = trained_adapter(2, 4, model=tiny("Llama", **LLAMA), target_modules=["q_proj"], **options)
+    adapter = Adapter.from_peft(source)
+    assert adapter.extras == {}  # VeLoRA's projection comes from one client's activations: it stays there
+    assert adapter.load_into(model)
+    ids = torch.tensor([[5, 1, 2, 7], [1, 2, 3, 4]])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, source(input_ids=ids).logits)
 
 
 def test_only_the_layers_whose_rank_changes_get_new_parameters(tmp_path: Path) -> None:
