@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -124,3 +126,36 @@ def trained_adapter(
         peft_model = get_peft_model(base, LoraConfig(**options), autocast_adapter_dtype=False)
     randomize(peft_model, seed)
     return peft_model.eval()
+
+
+def outputs(model: nn.Module) -> Tensor:
+    """What ``Zoo`` (or a PEFT model over it) makes of ``tokens()``."""
+    with torch.no_grad():
+        return model(tokens())
+
+
+def reload(folder: Path, base: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """A PEFT model made from a saved folder, over ``base_model()`` (or ``base``)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = base_model(dtype=dtype) if base is None else base
+        return PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval()
+
+
+def tiny(name: str, **options: Any) -> Any:
+    """A causal model of transformers, a few thousand weights, the same for the same arguments."""
+    sizes: dict[str, Any] = {"vocab_size": 32, **options}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    kind = "ForCausalLM" if hasattr(transformers, f"{name}ForCausalLM") else "LMHeadModel"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, name + kind)(config).eval()
+
+
+LLAMA = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
