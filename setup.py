@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -25,9 +27,7 @@ try:
     from torch.utils import cpp_extension
 except ImportError as error:
     torch = None
-    NO_TORCH = (
-        f"torch cannot be imported while building ({error}); build with `pip install --no-build-isolation`"
-    )
+    NO_TORCH = f"torch cannot be imported while building ({error}); build with `pip install --no-build-isolation`"
     BaseBuild: type[build_ext] = build_ext
 else:
     BaseBuild = cpp_extension.BuildExtension
@@ -68,19 +68,26 @@ def skip_reason() -> str | None:
     """Why the extension is not even tried; None if it is."""
     if os.environ.get("FLEXLORA_NO_EXTENSION", "0") not in {"", "0"}:
         return "FLEXLORA_NO_EXTENSION was set while building"
-    return NO_TORCH if torch is None else None
+    if torch is None:
+        return NO_TORCH
+    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
+    if not any(map(shutil.which, compilers)):
+        return f"no C++ compiler: none of {', '.join(compilers)} is on PATH; install g++ or clang, or set CXX"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return f"no Python.h in {sysconfig.get_path('include')}: install Python's headers (python3-dev)"
+    return None
 
 
 def extension() -> Extension:
     """The extension, with csrc/cuda where wanted; a bare placeholder where it will be skipped."""
-    if skip_reason():
+    if reason := skip_reason():
+        if os.environ.get("FLEXLORA_CUDA") == "1":
+            raise SystemExit(f"FLEXLORA_CUDA=1, but {reason}")
         return Extension(NAME, sources=[])
     cuda = cuda_wanted()
     folders = ["csrc", "csrc/cpu"] + ["csrc/cuda"] * cuda
     patterns = ["*.cpp"] + ["*.cu"] * cuda
-    sources = sorted(
-        str(p.relative_to(ROOT)) for f in folders for glob in patterns for p in (ROOT / f).glob(glob)
-    )
+    sources = sorted(str(p.relative_to(ROOT)) for f in folders for glob in patterns for p in (ROOT / f).glob(glob))
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     # No -march=native: the wheel must run on other machines, and the heavy work is done by torch's own GEMM,
     # which picks its instructions at run time. The C++ standard is the one torch's headers ask for.
@@ -106,7 +113,9 @@ class BuildNative(BaseBuild):
             except Exception as error:
                 if os.environ.get("FLEXLORA_CUDA") == "1":
                     raise
-                reason = f"{type(error).__name__}: {error}".strip()
+                reason = (
+                    f"the build failed ({type(error).__name__}: {error}); `pip install -v` shows the compiler's words"
+                )
                 self.inplace = inplace  # setuptools clears it while it builds
         if reason is not None:
             self.remove_leftover()
@@ -159,7 +168,7 @@ def packages() -> list[str]:
 setup(
     packages=packages(),
     package_dir={"flexlora_fast.kernels": "kernels"},
-    package_data={"flexlora_fast": ["py.typed"]},
+    package_data={"flexlora_fast": ["py.typed"], "flexlora_fast.lowrank": ["constants.json"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildNative},
 )
