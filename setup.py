@@ -32,7 +32,7 @@ except ImportError as error:
 else:
     BaseBuild = cpp_extension.BuildExtension
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 NAME = "flexlora_fast._C"
 INFO = "_build_info.json"
 
