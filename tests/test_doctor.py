@@ -75,6 +75,7 @@ def test_cupy_is_known_by_its_module_whatever_its_wheel_is_called(monkeypatch):
 
 
 def test_a_version_outside_the_declared_range_is_broken(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.4.0")
     check = find("peft")
     assert check.status == "broken"
