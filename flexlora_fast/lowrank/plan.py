@@ -62,7 +62,7 @@ class Shape:
     @property
     def steps(self) -> float:
         """Block steps expected: each gains a factor of about 8 (benchmarks/bench_planner.py prints the real ones)."""
-        return 2 + math.log(max(1 / self.tol, 2)) / math.log(8)
+        return 2 + math.log(max(1 / max(self.tol, FLOAT32_TOL), 2)) / math.log(8)
 
     def basis(self, side: int) -> float:
         """Krylov basis columns expected at the end, for vectors of ``side`` entries."""
