@@ -53,10 +53,16 @@ CHECK = textwrap.dedent(
 )
 
 
-def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def check_code(shapes: list[tuple[int, int, int]], dtype: str) -> str:
+    """CHECK for all shapes in one process: starting Python and torch takes longer than the kernels."""
+    steps = [f"sys.argv[1:] = ['{m}', '{n}', '{R}', '{dtype}']\n{CHECK}" for m, n, R in shapes]
+    return "\n".join(["import sys", *steps, f"print('checked', {len(shapes)})"])
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a fresh interpreter: Triton reads its environment when the kernels are imported."""
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", code],
         env={**os.environ, **environment},
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -73,9 +79,7 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Com
 )
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_materialize_matches_float64_in_the_interpreter(dtype):
-    # One process for all shapes: starting Python and torch takes longer than the kernels.
-    loop = "\n".join(f"sys.argv[1:] = ['{m}', '{n}', '{R}', '{dtype}']\n{CHECK}" for m, n, R in SHAPES)
-    done = run_python(f"import sys\n{loop}\nprint('checked', {len(SHAPES)})", TRITON_INTERPRET="1")
+    done = run_python(check_code(SHAPES, dtype), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["checked", str(len(SHAPES))]
 
@@ -128,13 +132,12 @@ def test_materialize_compiles_without_spills(capability, element, tmp_path, reco
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("m", "n", "R"), [*SHAPES, (1024, 4096, 1600)])
-def test_materialize_matches_float64_on_the_gpu(m, n, R, dtype):
-    code = CHECK.replace(
-        "generator = torch.Generator()", "torch.set_default_device('cuda')\ngenerator = torch.Generator('cuda')"
-    )
-    done = run_python(code, str(m), str(n), str(R), dtype, TRITON_INTERPRET="0")
+def test_materialize_matches_float64_on_the_gpu(dtype):
+    shapes = [*SHAPES, (1024, 4096, 1600)]
+    code = check_code(shapes, dtype).replace("torch.Generator()", "torch.Generator('cuda')")
+    done = run_python(f"import torch\ntorch.set_default_device('cuda')\n{code}", TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["checked", str(len(shapes))]
 
 
 @needs_triton
