@@ -1,0 +1,322 @@
+"""The command line ``flexlora-fast``: arguments in, exit code out. 0 is fine, 1 an error, 2 a wrong call."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TextIO
+
+import torch
+import typer
+from rich.console import Console, RenderableType
+
+from flexlora_fast import __version__, inputs, methods, outputs, tables
+from flexlora_fast.adapter import Adapter
+from flexlora_fast.aggregator import MISSING, Aggregator
+from flexlora_fast.errors import EmptyRoundError, FlexLoRAError, OptionError, RankError, WeightError
+from flexlora_fast.inputs import Source
+from flexlora_fast.inspection import Inspection
+from flexlora_fast.lowrank.plan import SOLVERS
+from flexlora_fast.progress import track
+from flexlora_fast.report import Report, refusal_table
+from flexlora_fast.update import SPLITS, GlobalUpdate, Refusal
+
+DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+app = typer.Typer(
+    name="flexlora-fast",
+    help="Aggregate LoRA adapters of mixed ranks into one exact, certified global update.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # errors quote names from clients, which are not markup
+    pretty_exceptions_enable=False,  # their tracebacks show local variables: whole tensors
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
+Full = Annotated[bool, typer.Option("--full", help="List every layer, however many there are.")]
+
+
+def main() -> None:
+    """The console script's entry."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # σ and × in an ASCII locale become ?, not an exception
+            stream.reconfigure(errors="replace")
+    # A scheduler's SIGTERM must not leave half a folder behind: exceptions clean up, the default action does not.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    app()
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(no_args_is_help=True)
+def aggregate(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...",
+            exists=True,
+            file_okay=False,
+            help="PEFT adapter folders, or folders that hold such folders (one level down, sorted by name).",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; it appears whole or not at all.")],
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST|FILE",
+            help="Numbers in the order of the clients (1200,300), or a JSON object or CSV table from client name, "
+            "folder name or path to its weight. Default: all equal. A client of weight 0 counts as absent.",
+        ),
+    ] = None,
+    ranks: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Write one adapter for each of these ranks: OUT/rank-8/ …")
+    ] = None,
+    per_client: Annotated[
+        bool,
+        typer.Option(
+            "--per-client",
+            help="Write every client an adapter of its own config and ranks: OUT/clients/NAME/ (the default without "
+            "--ranks). Clients with the same config and ranks share one weights file by hard links.",
+        ),
+    ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Columns to keep of each layer. Default: the most that --ranks or, per client, any client needs.",
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(methods.METHODS)}.")] = "flexlora",
+    solver: Annotated[str, typer.Option(help=f"auto, or one of {', '.join(SOLVERS)}.")] = "auto",
+    tol: Annotated[float, typer.Option(help="Bound on the excess error of iterative solvers; 0: exact.")] = 1e-3,
+    missing: Annotated[
+        str, typer.Option(help="A client without a layer: 'zero' counts it as zero there, 'renormalize' leaves it out.")
+    ] = "zero",
+    split: Annotated[str, typer.Option(help="Where singular values go: B, balanced (√S in each) or A.")] = "B",
+    dtype: Annotated[
+        str, typer.Option(help=f"Of the factors written: {', '.join(DTYPES)} (per client its own, else float32).")
+    ] = "keep",
+    seed: Annotated[int, typer.Option(help="Of the iterative solvers' test matrices.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1 … Default: cpu.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail, and write nothing, if any client is refused.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier round in OUT.")] = False,
+    full: Full = False,
+    as_json: Json = False,
+) -> None:
+    """Aggregate a round of client adapters.
+
+    OUT gets the adapters, global_update.safetensors, report.json, report.md, energy.png and spectrum.png. A client
+    that cannot be used is refused with its reason, and the round goes on without it.
+    """
+    with _failures(), _usage():
+        sources, skipped = inputs.find(folders)
+        outputs.check(out, [source.path for source in sources], force)
+        shares, unknown = inputs.read_weights(weights, sources) if weights else ([1.0] * len(sources), [])
+        wanted = _ranks(ranks)
+        writing = {"split": _one_of("--split", split, SPLITS), "dtype": DTYPES[_one_of("--dtype", dtype, DTYPES)]}
+        gap = _one_of("--missing", missing, MISSING)
+    for what, names in (("holds no adapter, passed over", skipped), ("weight of no client, unused", unknown)):
+        if names:
+            _note(f"{what}: {', '.join(map(str, names[:5]))}{' …' if len(names) > 5 else ''}")
+    per_client = per_client or not wanted
+    with _failures():
+        loaded, refused = _load(sources, shares)
+        keep = rank if rank is not None else _needed(wanted, [a for _, a, _ in loaded] if per_client else [])
+        with _usage():
+            round_ = Aggregator(keep, method, solver, tol, device, seed, missing=gap)
+        update = _solve(round_, loaded, refused, strict)
+        with outputs.staged(out) as folder:
+            document = outputs.write(update, folder, ranks=wanted, per_client=per_client, **writing)
+    if as_json:
+        _print_json(document | {"out": str(out)})
+        return
+    _show(Report(update, document["ranks"]).view(full or None))
+    print(f"written to {tables.clean(out)}")
+
+
+@app.command(no_args_is_help=True)
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, help="A PEFT adapter folder, a global_update.safetensors, or the folder of a round."
+        ),
+    ],
+    full: Full = False,
+    as_json: Json = False,
+) -> None:
+    """Show what an adapter or a global update holds: layers, ranks, scales, norms, spectrum."""
+    with _failures():
+        if path.is_dir() and not inputs.is_adapter(path) and (path / outputs.UPDATE_NAME).is_file():
+            path = path / outputs.UPDATE_NAME
+        seen: Report | Inspection
+        if path.is_file():
+            seen = Report(GlobalUpdate.load(path))
+        else:
+            seen = Inspection(Adapter.load(path, client=inputs.distinct_names([path])[0]))
+        if as_json:
+            _print_json(seen.to_dict())
+        else:
+            _show(seen.view(full or None))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed, built and usable here, and what to do about what is not."""
+    from flexlora_fast import doctor as examination
+
+    checks = examination.checks()
+    broken = any(check.status == "broken" for check in checks)
+    if as_json:
+        names = ("name", "status", "detail", "remedy")
+        found = [{name: getattr(check, name) for name in names} for check in checks]
+        _print_json({"format": "flexlora_fast.doctor/1", "healthy": not broken, "checks": found})
+    else:
+        _show(_doctor_table(checks))
+    raise typer.Exit(int(broken))
+
+
+@app.command()
+def bench(
+    shape: Annotated[str, typer.Option(metavar="MxN", help="Outputs × inputs of each layer.")] = "1024x1024",
+    ranks: Annotated[str, typer.Option(metavar="LIST", help="The clients' ranks, one client each.")] = "8,8,16,16,64",
+    layers: Annotated[int, typer.Option(min=1, help="How many layers of that shape.")] = 2,
+    tol: Annotated[float, typer.Option(help="As for aggregate.")] = 1e-3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each way; the fastest counts.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Compare this package with the dense loop on synthetic adapters, here and now: seconds and errors.
+
+    The dense loop is the plain way: Σ w·s·B·A as one matrix per layer, torch.linalg.svd(full_matrices=False) of it,
+    cut to each client's rank.
+    """
+    from flexlora_fast import bench as trial
+
+    with _usage():
+        m, n = trial.parse_shape(shape)
+        wanted = _ranks(ranks, distinct=False)
+    with _failures():
+        result = trial.compare(m, n, wanted, layers=layers, tol=tol, repeats=repeats)
+        if as_json:
+            _print_json(result)
+        else:
+            _show(trial.view(result))
+
+
+def _load(
+    sources: Sequence[Source], weights: Sequence[float]
+) -> tuple[list[tuple[str, Adapter, float]], list[Refusal]]:
+    """The adapters that can be read, and the refusals of the others. Tensors stay mapped until they are used."""
+    loaded, refused = [], []
+    for i, source in enumerate(track(sources, "clients")):
+        try:
+            loaded.append((source.name, Adapter.load(source.path, client=source.name), weights[i]))
+        except FlexLoRAError as error:
+            refused.append(Refusal(source.name, str(error.at(client=source.name))))
+    return loaded, refused
+
+
+def _solve(
+    round_: Aggregator, loaded: list[tuple[str, Adapter, float]], refused: list[Refusal], strict: bool
+) -> GlobalUpdate:
+    round_.refused.extend(refused)
+    for name, adapter, weight in loaded:
+        with contextlib.suppress(FlexLoRAError):  # noted in round_.refused
+            round_.add(adapter, weight, client=name)
+    round_.refused.sort(key=lambda refusal: refusal.client)
+    if round_.refused and (strict or not round_.clients):
+        _show(refusal_table(round_.refused), sys.stderr)
+        why = "--strict was asked for" if strict else "no client is left"
+        raise EmptyRoundError(
+            f"{len(round_.refused)} of {len(loaded) + len(refused)} clients refused and {why}; nothing was written"
+        )
+    absent = [name for name, _, weight in loaded if weight == 0 and name in round_.clients]
+    if absent:
+        _note(f"weight 0, so absent from the round and without an adapter: {', '.join(absent)}")
+    return round_.finish()
+
+
+def _needed(ranks: Sequence[int], adapters: Sequence[Adapter]) -> int | None:
+    """Columns to keep so that all adapters can be written; None leaves it to the round (each layer's largest)."""
+    if not ranks:
+        return None
+    return max([*ranks, *(adapter.rank(layer) for adapter in adapters for layer in adapter.layers)])
+
+
+def _ranks(text: str | None, distinct: bool = True) -> list[int]:
+    """``"8,16"`` as numbers, sorted and each once where ``distinct``."""
+    if text is None:
+        return []
+    items = [item.strip() for item in text.split(",")]
+    bad = [item for item in items if not (item.isascii() and item.isdecimal() and int(item) >= 1)]
+    if bad:
+        raise RankError(f"--ranks has {bad[0]!r}; give whole numbers ≥ 1, such as 8,16,64")
+    values = [int(item) for item in items]
+    return sorted(set(values)) if distinct else values
+
+
+def _one_of(option: str, value: str, known: Any) -> Any:
+    """``value``, if it is known. (typer has taken ``Literal`` for this only since 0.19.)"""
+    if value not in known:
+        raise OptionError(f"{option} is {value!r}; give one of {', '.join(known)}")
+    return value
+
+
+def _doctor_table(checks: Sequence[Any]) -> Any:
+    from rich.text import Text
+
+    marks = {"ok": Text("✓ ok", "green"), "absent": Text("– absent", "yellow"), "broken": Text("✗ broken", "bold red")}
+    rows = [[marks[c.status], c.name, c.detail, c.remedy or ""] for c in checks]
+    columns = ["status", "what", "found", "what to do"]
+    return tables.table("", columns, rows, left=columns)
+
+
+@contextlib.contextmanager
+def _usage() -> Iterator[None]:
+    """A wrong argument ends with exit code 2 and how to do it right."""
+    try:
+        yield
+    except (OptionError, RankError, WeightError) as error:
+        raise typer.BadParameter(tables.clean(error)) from error
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """What can go wrong in the world ends with exit code 1 and a message; a traceback is for bugs."""
+    try:
+        yield
+    except (FlexLoRAError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        _fail(str(error) or type(error).__name__)
+
+
+def _fail(message: str) -> NoReturn:
+    _note(f"error: {message}")
+    raise typer.Exit(1)
+
+
+def _note(message: str) -> None:
+    print(tables.clean(message), file=sys.stderr)
+
+
+def _show(what: RenderableType, stream: TextIO | None = None) -> None:
+    """As wide as the terminal; in a pipe as plain text, wide enough for the tables."""
+    console = Console(file=stream or sys.stdout, highlight=False)
+    if console.is_terminal:
+        console.print(what)
+    else:
+        print(tables.plain(what), file=stream or sys.stdout)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=1, allow_nan=False))
