@@ -51,9 +51,7 @@ def load(info: dict[str, Any]) -> ModuleType | Missing:
     built_for = str(info.get("torch") or "").partition("+")[0]
     running = torch.__version__.partition("+")[0]
     if built_for and built_for != running:
-        return Missing(
-            f"it was built for torch {built_for} and this is torch {running}; {REBUILD}", broken=True
-        )
+        return Missing(f"it was built for torch {built_for} and this is torch {running}; {REBUILD}", broken=True)
     try:
         return importlib.import_module("flexlora_fast._C")
     except ModuleNotFoundError:
