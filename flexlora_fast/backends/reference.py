@@ -95,6 +95,14 @@ def _inverse_root(G: Tensor) -> Tensor:
 
 
 def eigh_small(C: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (b, l), largest first, and eigenvectors (b, l, l) of the symmetric float64 C (b, l, l)."""
-    values, vectors = torch.linalg.eigh(C)
+    """Eigenvalues (b, l), largest first, and eigenvectors (b, l, l) of the symmetric float64 C (b, l, l).
+
+    LAPACK's divide and conquer can fail to converge on many equal eigenvalues; a diagonal perturbation of the size of
+    its own rounding error separates them.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(C)
+    except torch.linalg.LinAlgError:
+        spread = torch.linspace(-1, 1, C.shape[-1], dtype=C.dtype, device=C.device)
+        values, vectors = torch.linalg.eigh(C + torch.diag(spread) * (C.abs().amax() * C.shape[-1] * 2.0**-52))
     return values.flip(-1), vectors.flip(-1)

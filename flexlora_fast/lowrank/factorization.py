@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexlora_fast.backends import reference
 from flexlora_fast.lowrank.random import signs
 
 
@@ -36,42 +35,59 @@ class Factorization:
 
 # Below this share of the largest singular value a direction cannot be told from float32 rounding of the factors.
 _NEGLIGIBLE = 1e-9
+# Vectors further than this from orthonormal are made so again; float32 rounding alone stays below it.
+_SKEW = 2e-6
 
 
 def finish(U: Tensor, S: Tensor, V: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Canonical float32 vectors: signs fixed, and directions of no energy replaced by orthonormal ones.
+    """Canonical float32 vectors: orthonormal, signs fixed, and directions of no energy replaced by random ones.
 
     The sign rule is the contract's: the entry of largest magnitude in each column of U is positive (first one on a
     tie). Where S is zero to rounding the vectors that a solver leaves are noise, or zero; they are completed to an
     orthonormal set by addressed random vectors, so that an adapter made from them can still learn (a LoRA pair with
     zeros in both factors has no gradient).
     """
-    top = S.amax(dim=-1, keepdim=True) if S.shape[-1] else S
-    valid = S.gt(_NEGLIGIBLE * top)
-    S = torch.where(valid, S, torch.zeros_like(S))
     U, V = U.to(torch.float32), V.to(torch.float32)
-    if S.numel() and not bool(valid.all()):
-        U = torch.stack([complete(u[:, ok], u.shape[1], key) for u, ok in zip(U, valid, strict=True)])
-        V = torch.stack([complete(v[:, ok], v.shape[1], key + 1) for v, ok in zip(V, valid, strict=True)])
     if S.numel():
+        valid = S.gt(_NEGLIGIBLE * S.amax(dim=-1, keepdim=True))
+        for X in (U, V):  # a solver that found no vector for a tiny singular value leaves zeros
+            valid &= torch.linalg.vector_norm(X, dim=1).gt(0.5)
+        valid = valid.cumprod(dim=1).bool()
+        S = torch.where(valid, S, torch.zeros_like(S))
+        U, V = _orthonormal(U, valid, key), _orthonormal(V, valid, key + 1)
         largest = U.abs().argmax(dim=1, keepdim=True)  # (b, 1, k)
-        sign = torch.where(U.gather(1, largest) < 0, -1.0, 1.0)
+        sign = torch.where(U.gather(1, largest) < 0, -1.0, 1.0).to(U)
         U, V = U * sign, V * sign
     return U.contiguous(), S.contiguous(), V.contiguous()
+
+
+def _orthonormal(X: Tensor, valid: Tensor, key: int) -> Tensor:
+    """X (b, m, k) with random columns behind its valid ones, and orthonormal from the left.
+
+    Vectors of small singular values come out of a solver with the rounding of the large ones in them: at σ = 1e-7·σ₁,
+    float32 products leave more noise than vector. QR takes that out and leaves the leading columns as they are.
+    """
+    if not bool(valid.all()):
+        X = torch.stack([complete(x[:, ok], x.shape[1], key) for x, ok in zip(X, valid, strict=True)])
+    X64 = X.double()
+    skew = X64.mT @ X64
+    skew.diagonal(dim1=-2, dim2=-1).sub_(1)
+    if float(skew.abs().amax()) <= _SKEW:
+        return X
+    Q, R = torch.linalg.qr(X64)
+    return (Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q).unsqueeze(1)).to(X.dtype)
 
 
 def complete(X: Tensor, count: int, key: int) -> Tensor:
     """X (m, j) with orthonormal columns, extended by addressed random columns to (m, count).
 
     The new columns are orthonormal and orthogonal to X while count ≤ m; beyond m they are unit columns.
+    Householder QR gives a full set even where the random signs are dependent, as they often are for small m.
     """
     m, have = X.shape
     if have >= count:
         return X
     fresh = signs(m, count - have, key).to(X)[0] / m**0.5
     room = max(0, min(count, m) - have)
-    basis = fresh[:, :room]
-    for _ in range(2):  # twice is enough (Giraud, Langou, Rozložník 2005)
-        basis = basis - X @ (X.T @ basis)
-        basis = reference.orthonormalize(basis.unsqueeze(0))[0] if room else basis
-    return torch.cat([X, basis, fresh[:, room:]], dim=1)
+    Q = torch.linalg.qr(torch.cat([X, fresh[:, :room]], dim=1).double())[0]
+    return torch.cat([X, Q[:, have : have + room].to(X.dtype), fresh[:, room:]], dim=1)
