@@ -50,11 +50,19 @@ def main() -> None:
     app()
 
 
-@app.callback()
-def options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself; ``--version`` is done by the time this runs."""
 
 
 @app.command(no_args_is_help=True)
@@ -156,7 +164,7 @@ def inspect(
     full: Full = False,
     as_json: Json = False,
 ) -> None:
-    """Show what an adapter or a global update holds: layers, ranks, scales, norms, spectrum."""
+    """Show layers, ranks, scales, norms and spectrum of an adapter or a global update."""
     with _failures():
         if path.is_dir() and not inputs.is_adapter(path) and (path / outputs.UPDATE_NAME).is_file():
             path = path / outputs.UPDATE_NAME
@@ -173,7 +181,7 @@ def inspect(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what is installed, built and usable here, and what to do about what is not."""
+    """Say what works here, and what to do about what does not."""
     from flexlora_fast import doctor as examination
 
     checks = examination.checks()
@@ -196,10 +204,10 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each way; the fastest counts.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Compare this package with the dense loop on synthetic adapters, here and now: seconds and errors.
+    """Compare speed and errors with the dense loop, here and now.
 
-    The dense loop is the plain way: Σ w·s·B·A as one matrix per layer, torch.linalg.svd(full_matrices=False) of it,
-    cut to each client's rank.
+    On synthetic adapters. The dense loop is the plain way: Σ w·s·B·A as one matrix per layer,
+    torch.linalg.svd(full_matrices=False) of it, cut to each client's rank.
     """
     from flexlora_fast import bench as trial
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flexlora_fast.update import GlobalUpdate
 
 FORMAT = "flexlora_fast.inspection/1"
-_SHOWN = 4  # singular values in a table
+_SHOWN = 2  # singular values in a table
 _CONFIG = (
     "base_model_name_or_path",
     "task_type",
@@ -117,8 +117,8 @@ class Inspection:
 
 
 def _layer_table(rows: list[dict[str, Any]]) -> Table:
-    columns = ["layer", "kind", "m×n", "r", "scale", "dtype", "‖s·B·A‖_F"]
-    columns += [f"σ{j + 1}" for j in range(_SHOWN)] + ["last σ", "effective rank"]
+    columns = ["layer", "kind", "m×n", "r", "scale", "dtype", "‖ΔW‖_F"]
+    columns += [f"σ{j + 1}" for j in range(_SHOWN)] + ["last σ", "eff. rank"]
     experts = any(row["kind"] == "moe" for row in rows)
     return tables.table(
         "Layers (σ of the expert with the largest σ1)" if experts else "Layers",
@@ -138,6 +138,7 @@ def _layer_table(rows: list[dict[str, Any]]) -> Table:
             for row in rows
         ],
         left=["layer", "kind", "dtype"],
+        implied={"kind": "linear", "dtype": "float32"},
     )
 
 
@@ -159,7 +160,7 @@ def _group_table(rows: list[dict[str, Any]]) -> Table:
         shapes = list(dict.fromkeys(shape(row) for row in members))
         numbers = [span([row[key] for row in members]) for key in ("rank", "scale", "norm", "effective_rank")]
         lines.append([name, len(members), shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes", *numbers])
-    columns = ["module", "layers", "m×n", "r", "scale", "‖s·B·A‖_F", "effective rank"]
+    columns = ["module", "layers", "m×n", "r", "scale", "‖ΔW‖_F", "eff. rank"]
     return tables.table("Layers by module (--full lists each)", columns, lines, left=["module"])
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexlora_fast import tables
-from flexlora_fast.report import Report, energy_curve, grouped, spread
+from flexlora_fast.report import Report, energy_curve, grouped
+from flexlora_fast.tables import spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -173,7 +174,7 @@ def _spectrum_bands(axes: Axes, report: Report, values: dict[str, np.ndarray], f
         colour = _COLOURS[i]
         label = f"{_short(name.removeprefix(prefix), 40)} ({len(block)})"
         axes.plot(x, np.nanmedian(block, axis=0), color=colour, lw=1.6, label=label)
-        axes.fill_between(x, np.nanmin(block, axis=0), np.nanmax(block, axis=0), color=colour, alpha=0.15, lw=0)
+        axes.fill_between(x, np.nanmin(block, axis=0), np.nanmax(block, axis=0), color=colour, alpha=0.1, lw=0)
     if len(ranked) > _LINES:
         axes.plot([], [], " ", label=f"… and {len(ranked) - _LINES} weaker modules")
 

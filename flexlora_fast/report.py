@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast import tables
-from flexlora_fast.tables import number, percent
+from flexlora_fast.tables import count, natural, number, percent, span, spread
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -158,11 +158,13 @@ class Report:
     def summary(self) -> str:
         """One line on the whole round."""
         solvers = ", ".join(f"{name} {count}" for name, count in sorted(self.update.solvers().items()))
+        worst = max((row["excess"] or 0.0 for row in self.rows), default=0.0)
         kept = ", ".join(f"{percent(share)} at rank {rank}" for rank, share in self._columns(self.total["energy_kept"]))
         refused = f" ({len(self.refused)} refused)" if self.refused else ""
         return (
-            f"{_count(len(self.rows), 'layer')}, {_count(len(self.clients), 'client')}{refused}; "
-            f"method {self.update.method}; solved by {solvers or 'none'}; "
+            f"{count(len(self.rows), 'layer')}, {count(len(self.clients), 'client')}{refused}; "
+            f"method {self.update.method}; solved by {solvers or 'none'} "
+            f"({f'excess up to {number(worst)}' if worst else 'exact'}); "
             f"‖ΔW‖_F {number(self.total['norm'])} in all; energy kept: {kept or '–'}"
         )
 
@@ -220,7 +222,13 @@ class Report:
                 for row in rows
             ],
             left=["layer", "kind", "solver"],
+            implied={"kind": "linear", "excess": "exact", "solver": self._one_solver()},
         )
+
+    def _one_solver(self) -> str:
+        """The solver of all layers, which the summary line names already; empty if there are several."""
+        solvers = self.update.solvers()
+        return next(iter(solvers)) if len(solvers) == 1 else ""
 
     def _group_table(self) -> Table:
         ranks = [rank for rank, _ in self._columns(self.total["energy_kept"])]
@@ -232,12 +240,14 @@ class Report:
                 [
                     name,
                     len(rows),
-                    _span(shape(row) for row in rows),
-                    _span(row["clients_rank_total"] for row in rows),
-                    _span(row["kept_rank"] for row in rows),
+                    span(shape(row) for row in rows),
+                    span(row["clients_rank_total"] for row in rows),
+                    span(row["kept_rank"] for row in rows),
                     f"{number(min(norms))}…{number(max(norms))}",
                     *(_mean_and_min([row["energy_kept"][rank] for row in rows]) for rank in ranks),
-                    ", ".join(f"{solver} {count}" for solver, count in sorted(solvers.items())),
+                    ", ".join(f"{solver} {count}" for solver, count in sorted(solvers.items()))
+                    if len(solvers) > 1
+                    else next(iter(solvers)),
                 ]
             )
         return tables.table(
@@ -245,6 +255,7 @@ class Report:
             ["module", "layers", "m×n", "R", "kept", "‖ΔW‖_F", *(f"r={rank}" for rank in ranks), "solver"],
             lines,
             left=["module", "solver"],
+            implied={"solver": self._one_solver()},
         )
 
     def _worst(self) -> list[dict[str, Any]]:
@@ -266,7 +277,7 @@ class Report:
                     client["name"],
                     percent(client["weight"]),
                     client["layers"],
-                    _span(client["ranks"]),
+                    span(client["ranks"]),
                     f"{number(client['lora_alpha'])}{' rs' if client['use_rslora'] else ''}",
                     client["dtype"],
                 ]
@@ -290,9 +301,9 @@ def effective_rank(spectrum: Tensor) -> float:
     >>> round(effective_rank(torch.tensor([1., 1., 0.])), 6)
     2.0
     """
-    spectrum = spectrum.double().reshape(-1, spectrum.shape[-1])
-    share = spectrum / spectrum.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    ranks = torch.special.entr(share).sum(dim=1).exp() * (share.sum(dim=1) > 0)
+    spectrum = spectrum.double()
+    share = spectrum / spectrum.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    ranks = torch.special.entr(share).sum(dim=-1).exp() * (share.sum(dim=-1) > 0)
     return float(ranks.mean())
 
 
@@ -325,11 +336,6 @@ def _at(curve: Tensor, rank: int, complete: bool) -> float | None:
     return float(curve[-1]) if complete else None
 
 
-def natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sort key that counts: layers.2 before layers.10."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
-
-
 def grouped(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Rows by module: the same path but for block numbers (``layers.*.q_proj``), or by kind and shape where that
     would leave nearly as many groups as layers.
@@ -345,32 +351,9 @@ def grouped(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return by_shape
 
 
-def spread(values: Sequence[int], count: int) -> list[int]:
-    """At most ``count`` of them, evenly chosen, with the first and the last.
-
-    >>> spread(list(range(10)), 4)
-    [0, 3, 6, 9]
-    """
-    if len(values) <= count:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
-
-
 def shape(row: dict[str, Any]) -> str:
     """``m×n``, with the number of experts in front where there are several."""
     return f"{row['experts']}×{row['m']}×{row['n']}" if row["kind"] == "moe" else f"{row['m']}×{row['n']}"
-
-
-def _count(n: int, word: str) -> str:
-    return f"{n} {word}" if n == 1 else f"{n} {word}s"
-
-
-def _span(values: Iterable[Any]) -> str:
-    """``low–high`` of what is printed, or the one value."""
-    distinct = list(dict.fromkeys(values))
-    if len(distinct) > 1 and all(isinstance(value, int) for value in distinct):
-        return f"{min(distinct)}–{max(distinct)}"
-    return str(distinct[0]) if len(distinct) == 1 else f"{len(distinct)} kinds"
 
 
 def _mean_and_min(shares: list[float | None]) -> str:

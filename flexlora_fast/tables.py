@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,21 +51,66 @@ def percent(share: float | None) -> str:
     return ">99.9%" if share >= 0.9995 else f"{100 * share:.1f}%"
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequence[str] = ()) -> Table:
-    """A rich table of cleaned cells, numbers to the right; columns named in ``left`` hold words."""
+def count(n: int, word: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
+
+
+def span(values: Iterable[Any]) -> str:
+    """``low–high`` of what is printed, or the one value."""
+    distinct = list(dict.fromkeys(values))
+    if len(distinct) > 1 and all(isinstance(value, int) for value in distinct):
+        return f"{min(distinct)}–{max(distinct)}"
+    return str(distinct[0]) if len(distinct) == 1 else f"{len(distinct)} kinds"
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key that counts: layers.2 before layers.10."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def spread(values: Sequence[int], count: int) -> list[int]:
+    """At most ``count`` of them, evenly chosen, with the first and the last.
+
+    >>> spread(list(range(10)), 4)
+    [0, 3, 6, 9]
+    """
+    if len(values) <= count:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    left: Sequence[str] = (),
+    implied: Mapping[str, str] | None = None,
+) -> Table:
+    """A rich table of cleaned cells, numbers to the right; columns named in ``left`` hold words.
+
+    A column that says what ``implied`` has for it in every row is left out: terminals are narrow.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    result = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        words = name in left
+    implied = implied or {}
+    # Text, not str: rich would read [brackets] in a name as markup
+    cells = [[cell if isinstance(cell, Text) else Text(clean(cell)) for cell in row] for row in rows]
+    shown = [i for i, name in enumerate(columns) if {row[i].plain for row in cells} != {implied.get(name)}]
+    result = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for i in shown:
+        words = columns[i] in left
         result.add_column(
-            Text(name), justify="left" if words else "right", overflow="fold", no_wrap=not words, vertical="top"
+            Text(columns[i]),
+            justify="left" if words else "right",
+            overflow="fold",
+            no_wrap=not words,
+            min_width=min(16, max(len(row[i]) for row in cells)) if cells and words else 3,
         )
-    for row in rows:
-        # Text, not str: rich would read [brackets] in a name as markup
-        result.add_row(*(cell if isinstance(cell, Text) else Text(clean(cell)) for cell in row))
+    for row in cells:
+        result.add_row(*(row[i] for i in shown))
     return result
 
 
