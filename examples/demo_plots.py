@@ -88,13 +88,14 @@ def by_rank(axes: Axes, federations: Sequence[Federation], test: int) -> None:
 def energy(axes: Axes, federations: Sequence[Federation]) -> None:
     """The share of ‖ΔW‖² that a rank holds, over all layers, in the first and the last round of FlexLoRA."""
     mixed = next(federation for federation in federations if federation.name == "flexlora")
+    clients = np.array(sorted(set(mixed.ranks)))
     for result, style in ((mixed.rounds[0], ":"), (mixed.rounds[-1], "-")):
         ranks = np.arange(1, len(result.energy) + 1)
         axes.plot(ranks, result.energy, style, color=COLOURS["flexlora"], label=f"round {result.number}")
-        clients = np.array(sorted(set(mixed.ranks)))
         axes.plot(clients, np.array(result.energy)[clients - 1], "o", color=COLOURS["flexlora"], markersize=4)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(clients, [str(rank) for rank in clients])
+    ticks = sorted({1, *clients.tolist()})
+    axes.set_xticks(ticks, [str(rank) for rank in ticks])
     axes.set(xlabel="rank (dots: the clients')", ylabel="energy kept")
     axes.set_title("Share of the global update that a rank holds", fontsize=10)
     axes.legend(frameon=False, loc="lower right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Federation:
         averages the factors themselves, and the mean of eight unrelated random A would be a handicap that its
         authors did not give it. FlexLoRA does not care, since B = 0 makes every start the same ΔW = 0.
         """
+        shutil.rmtree(self.folder, ignore_errors=True)  # rounds of an earlier, longer run would stand beside these
         for client, rank in zip(self.clients, self.ranks, strict=True):
             cut(initial, rank).save(self.path(0, "sent", client))
 
