@@ -15,6 +15,7 @@ from flexlora_fast.stack import Block, Stack
 
 # Factors whose entries leave this range are rescaled first: their product could overflow or vanish in float32.
 _RANGE = (1e-9, 1e9)
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 # ‖ΔW‖_F beyond this has no float32 adapter.
 _LARGEST = 1e37
 
@@ -32,7 +33,7 @@ def solve(
         seed, name: address of the random test matrix.
 
     Raises:
-        AdapterError: ΔW is not finite, or too large for float32.
+        AdapterError: a factor is not finite, or ΔW is too large for float32.
         OptionError: unknown solver, or a tol that is negative or NaN.
     """
     plan.check_solver(solver)
@@ -44,7 +45,7 @@ def solve(
         return _empty(stack)
     if solver == "auto":
         solver = plan.choose(plan.Shape(stack.m, stack.n, stack.R, k, tol, stack.batch))
-    scaled, factor = _rescaled(stack)
+    scaled, factor = _rescaled(stack, name)
     result = _dispatch(scaled, k, key, solver, max(tol, plan.FLOAT32_TOL))
     if factor != 1.0:
         result = Factorization(
@@ -77,10 +78,12 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float) -> Factor
     return solve_subspace(stack, k, key, tol, depth=1 if solver == "subspace" else None)
 
 
-def _rescaled(stack: Stack) -> tuple[Stack, float]:
+def _rescaled(stack: Stack, name: str) -> tuple[Stack, float]:
     """The stack, or one with unit columns and rows where float32 products of the factors could leave its range."""
     low, high = _RANGE
     largest = [float(X.abs().max()) for block in stack.blocks for X in (block.B, block.A)]
+    if not all(x <= _FLOAT32_MAX for x in largest):  # an iteration on NaN never converges, and never ends
+        raise AdapterError("a factor holds NaN, Inf or values beyond float32; refuse its client", layer=name)
     if all(low < x < high for x in largest if x > 0) and all(x < high for x in stack.d.abs().tolist()):
         return stack, 1.0
     P, c, Q = stack.equilibrated()
