@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -97,8 +96,7 @@ def source(tmp_path_factory) -> Path:
     built = python("-c", "from setuptools import build_meta; print(build_meta.build_sdist('dist'))", cwd=folder)
     assert built.returncode == 0, built.stderr
     (archive,) = (folder / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder / "unpacked", filter="data")
+    shutil.unpack_archive(archive, folder / "unpacked")
     return folder / "unpacked" / archive.name.removesuffix(".tar.gz")
 
 
