@@ -13,7 +13,7 @@ from flexlora_fast import tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import aggregate
 from flexlora_fast.errors import OptionError
-from flexlora_fast.tables import number
+from flexlora_fast.tables import count, number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -124,8 +124,8 @@ def view(result: dict[str, Any]) -> RenderableType:
     ]
     solvers = ", ".join(f"{name} {count}" for name, count in sorted(result["solvers"].items()))
     title = (
-        f"{result['layers']} layers {result['m']}×{result['n']}, {len(result['ranks'])} clients, R = "
-        f"{result['clients_rank_total']}, tol {result['tol']:g}, {result['threads']} threads, best of "
+        f"{count(result['layers'], 'layer')} {result['m']}×{result['n']}, {count(len(result['ranks']), 'client')}, R = "
+        f"{result['clients_rank_total']}, tol {result['tol']:g}, {count(result['threads'], 'thread')}, best of "
         f"{result['repeats']}; solved by {solvers}"
     )
     return tables.table(title, ["way", "seconds", "time ratio", "relative error", "excess"], rows, left=["way"])
