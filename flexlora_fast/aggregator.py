@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flexlora_fast import config as configs
 from flexlora_fast import methods
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import (
+    AdapterError,
     BackendError,
     EmptyRoundError,
     FlexLoRAError,
@@ -27,8 +30,9 @@ from flexlora_fast.errors import (
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.factorization import Factorization
-from flexlora_fast.lowrank.solve import solve
+from flexlora_fast.lowrank.solve import LARGEST, solve
 from flexlora_fast.methods import Contribution, Method
+from flexlora_fast.methods.averaging import update_norm
 from flexlora_fast.progress import track
 from flexlora_fast.stack import Stack
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
@@ -148,7 +152,9 @@ class Aggregator:
         self.seed, self.missing, self.progress = seed, missing, progress
         self.refused: list[Refusal] = []
         self._clients: dict[str, _Client] = {}
+        # What the round has settled, and which client settled it.
         self._specs: dict[str, tuple[LayerSpec, str]] = {}
+        self._agreed: dict[str, tuple[Any, str]] = {}
         self._started = time.perf_counter()
 
     @property
@@ -185,14 +191,17 @@ class Aggregator:
         self._clients[name] = _Client(name, loaded, float(weight))
         for layer in loaded.layers:
             self._specs.setdefault(layer, (loaded.spec(layer), name))
+        for fact, (value, _) in _common_facts(loaded).items():
+            self._agreed.setdefault(fact, (value, name))
 
     def _check(self, name: str, adapter: Adapter, weight: Any) -> None:
         """Everything that can refuse a client, before anything of the round changes."""
         if name in self._clients:
             raise IncompatibleAdapterError("this client is already in the round; give each client its own name")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+        if not _is_weight(weight):
             raise WeightError(f"weight is {weight!r}; give a finite number ≥ 0")
         adapter.validate_finite()
+        _check_magnitude(adapter)
         for layer in adapter.layers:
             spec = adapter.spec(layer)
             known, first = self._specs.get(layer, (spec, name))
@@ -202,8 +211,12 @@ class Aggregator:
                     "all clients of a round must adapt the same base model",
                     layer=layer,
                 )
-        if self._clients:
-            _check_same_base(adapter, next(iter(self._clients.values())))
+        for fact, (value, remedy) in _common_facts(adapter).items():
+            agreed, first = self._agreed.get(fact, (value, name))
+            if value != agreed:
+                raise IncompatibleAdapterError(
+                    f"its {fact} is {value!r}, that of client {first!r} is {agreed!r}; {remedy}"
+                )
 
     def finish(self) -> GlobalUpdate:
         """Aggregate what was added.
@@ -215,12 +228,11 @@ class Aggregator:
         if not self._clients:
             refused = f"; {len(self.refused)} were refused, the first: {self.refused[0].reason}" if self.refused else ""
             raise EmptyRoundError(f"no client is in this round{refused}; add at least one adapter")
-        total = math.fsum(client.weight for client in self._clients.values())
-        if not 0 < total < math.inf:
-            raise WeightError(f"the weights of {len(self._clients)} clients sum to {total}; they must sum to > 0")
         # Canonical order: sums come out the same whatever the order of arrival. Weight 0 equals absent.
         clients = [self._clients[name] for name in sorted(self._clients) if self._clients[name].weight > 0]
-        shares = {client.name: client.weight / total for client in clients}
+        if not clients:
+            raise WeightError(f"the weights of {len(self._clients)} clients sum to 0; they must sum to > 0")
+        shares = _shares(clients)
         start = time.perf_counter()
         layers = sorted({layer for client in clients for layer in client.adapter.layers})
         updates = {layer: self._layer(layer, clients, shares) for layer in track(layers, "layers", self.progress)}
@@ -270,12 +282,54 @@ class Aggregator:
 
 def _device(device: str | torch.device | None) -> torch.device:
     try:
-        chosen = torch.device(device or "cpu")
-    except RuntimeError as error:
+        chosen = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
         raise BackendError(f"device {device!r} is none that torch knows: {error}") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackendError("device 'cuda' was asked for, but torch sees no GPU; `flexlora-fast doctor` says more")
+    try:  # "meta", a GPU that is not there, or one without the float64 that certificates need
+        torch.ones(1, dtype=torch.float64, device=chosen).item()
+    except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
+        raise BackendError(f"device {device!r} cannot compute here: {error}") from error
     return chosen
+
+
+def _is_weight(weight: Any) -> bool:
+    """Finite and ≥ 0; NumPy's numbers count, as dataset sizes often are."""
+    if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
+        return False
+    try:
+        return math.isfinite(weight) and float(weight) >= 0
+    except OverflowError:  # an int beyond float
+        return False
+
+
+def _shares(clients: list[_Client]) -> dict[str, float]:
+    """Weights over their sum. A power of two is taken out first, which is exact: their sum may overflow."""
+    _, exponent = math.frexp(max(client.weight for client in clients))
+    weights = {client.name: math.ldexp(client.weight, -exponent) for client in clients}
+    total = math.fsum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def _check_magnitude(adapter: Adapter) -> None:
+    """Refuse a client whose ΔW float32 cannot hold, so that no sum of accepted clients can overflow."""
+    for layer in adapter.layers:
+        A, B = adapter.factors(layer)
+        scale = adapter.scale(layer)
+        norms = [float(torch.linalg.vector_norm(X, dtype=torch.float64)) for X in (A, B)]
+        # The product of norms bounds the norm of the product; only where it is large does the latter need computing.
+        norm = abs(scale) * norms[0] * norms[1]
+        if norm >= LARGEST:
+            norm = update_norm(Contribution("", A, B, scale, 1.0))
+        bias = adapter.lora_bias(layer)
+        shift = 0.0 if bias is None else abs(scale) * float(bias.double().abs().max())
+        if not max(norm, shift, *norms) < LARGEST:
+            raise AdapterError(
+                f"‖ΔW‖_F is {norm:.3g} (alpha/r = {scale:.3g}, ‖A‖ = {norms[0]:.3g}, ‖B‖ = {norms[1]:.3g}), beyond "
+                "what float32 factors can hold; leave this client out, or have it train again",
+                layer=layer,
+            )
 
 
 def _geometry(spec: LayerSpec) -> tuple[Any, ...]:
@@ -287,27 +341,22 @@ def _describe(spec: LayerSpec) -> str:
     return f"{spec.kind} weight of {spec.m} outputs and {spec.n} inputs{experts}"
 
 
-def _check_same_base(adapter: Adapter, other: _Client) -> None:
-    """Refuse another base model, and other settings that change what the same tensors mean."""
-    mine, theirs = adapter.config, other.adapter.config
-    for key, remedy in (
-        ("base_model_name_or_path", "all clients of a round must adapt the same base model"),
-        ("trainable_token_indices", "averaged token rows must be the same tokens on every client"),
-        ("alora_invocation_tokens", "activated LoRA must be activated by the same tokens on every client"),
-    ):
-        a, b = mine.get(key), theirs.get(key)
-        if key == "base_model_name_or_path":  # a local copy has another parent folder on every machine
-            a, b = (PurePath(x).name if x else None for x in (a, b))
-            if not a or not b:
-                continue
-        if a != b:
-            raise IncompatibleAdapterError(f"its {key} is {a!r}, that of client {other.name!r} is {b!r}; {remedy}")
+def _common_facts(adapter: Adapter) -> dict[str, tuple[Any, str]]:
+    """What all clients of a round must agree about, as far as this one says anything of it: value and remedy."""
+    config = adapter.config
+    facts: dict[str, tuple[Any, str]] = {
+        key: (config.get(key), remedy)
+        for key, remedy in (
+            ("trainable_token_indices", "averaged token rows must be the same tokens on every client"),
+            ("alora_invocation_tokens", "activated LoRA must be activated by the same tokens on every client"),
+        )
+    }
+    base = PurePath(str(config.get("base_model_name_or_path") or "")).name  # a local copy has another parent folder
+    if base:
+        facts["base_model_name_or_path"] = (base, "all clients of a round must adapt the same base model")
     for key, tensor in adapter.extras.items():
-        known = other.adapter.extras.get(key)
-        if known is not None and known.shape != tensor.shape:
-            raise IncompatibleAdapterError(
-                f"tensor {key!r} has shape {tuple(tensor.shape)}, that of client {other.name!r} {tuple(known.shape)}"
-            )
+        facts[f"shape of tensor {key!r}"] = (tuple(tensor.shape), "tensors that are averaged must have one shape")
+    return facts
 
 
 def _average_extras(clients: list[_Client], shares: dict[str, float]) -> dict[str, Tensor]:
@@ -350,8 +399,9 @@ def _record(client: _Client, share: float) -> ClientRecord:
 
 
 def _template(clients: list[_Client]) -> dict[str, Any]:
-    """The first client's config, widened to target every layer of the round."""
+    """The first client's config, widened to target every layer of the round, with every client's extras."""
     template = clients[0].adapter.config
+    paths = {client.adapter.spec(layer).pattern_name for client in clients for layer in client.adapter.layers}
     for key in ("target_modules", "target_parameters", "modules_to_save"):
         values = [client.adapter.config.get(key) for client in clients]
         if all(value == values[0] for value in values):
@@ -359,7 +409,11 @@ def _template(clients: list[_Client]) -> dict[str, Any]:
         if all(value is None or isinstance(value, list) for value in values):
             template[key] = sorted({item for value in values for item in value or []})
         else:  # regexes or "all-linear" beside lists: name the modules themselves
-            template[key] = sorted(
-                {client.adapter.spec(x).pattern_name for client in clients for x in client.adapter.layers}
-            )
+            template[key] = sorted(paths)
+    if any(client.adapter.config.get("lora_bias") for client in clients):
+        template["lora_bias"] = True
+    if not all(configs.targets(template, path) for path in paths):  # clients chose by other rules, layer by layer
+        template |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+        if not all(configs.targets(template, path) for path in paths):
+            template["target_modules"] = sorted(paths)
     return template

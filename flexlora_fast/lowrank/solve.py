@@ -17,7 +17,7 @@ from flexlora_fast.stack import Block, Stack
 _RANGE = (1e-9, 1e9)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 # ‖ΔW‖_F beyond this has no float32 adapter.
-_LARGEST = 1e37
+LARGEST = 1e37
 
 
 def solve(
@@ -58,7 +58,7 @@ def solve(
             result.excess,
         )
     norm = float(result.energy.max().sqrt())
-    if not norm < _LARGEST:
+    if not norm < LARGEST:
         raise AdapterError(
             f"‖ΔW‖_F is {norm:.3g}, beyond what float32 factors can hold; look for a client with exploded factors",
             layer=name,
