@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError, UnsupportedAdapterError
+from flexlora_fast.files import replace
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -67,22 +67,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: C
     """Write both files, each of which appears complete or not at all."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS_NAME, lambda to: save_file(_unshared(tensors), to, metadata={"format": "pt"}))
+    replace(folder / WEIGHTS_NAME, lambda to: save_file(_unshared(tensors), to, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True)
-    _replace(folder / CONFIG_NAME, lambda to: Path(to).write_text(text, encoding="utf-8"))
-
-
-def _replace(target: Path, write_to: Callable[[str], object]) -> None:
-    """Write beside the target, then swap: the old file may be mapped by the very tensors being written."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        write_to(str(temporary))
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())  # else a power cut could leave the new name with no content
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    replace(folder / CONFIG_NAME, lambda to: Path(to).write_text(text, encoding="utf-8"))
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -54,10 +54,6 @@ def staged(out: Path) -> Iterator[Path]:
         folder = temporary / "new"
         folder.mkdir()  # with the permissions that the user's umask gives; mkdtemp's own are private
         yield folder
-        readable = folder.stat().st_mode & 0o666
-        for item in folder.rglob("*"):  # safetensors makes its files private, which no other user could fetch
-            if item.is_file():
-                item.chmod(readable)
         if target.exists():
             os.rename(target, temporary / "old")
         os.rename(folder, target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flexlora_fast.errors import AdapterError
+from flexlora_fast.files import replace
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
@@ -38,14 +38,8 @@ def save(update: GlobalUpdate, path: Path) -> Path:
         "seconds": update.seconds,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "update": json.dumps(about)})
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = {"format": FORMAT, "update": json.dumps(about)}
+    replace(path, lambda to: save_file(tensors, to, metadata=metadata))
     return path
 
 
@@ -59,7 +53,13 @@ def load(path: Path) -> GlobalUpdate:
         raise AdapterError(f"{path} cannot be read as a global update: {error}") from error
     if metadata.get("format") != FORMAT:
         raise AdapterError(f"{path} is not a {FORMAT} file; give a file that GlobalUpdate.save wrote")
-    about = json.loads(metadata["update"])
+    try:
+        return _parse(json.loads(metadata["update"]), tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path} is damaged ({type(error).__name__}: {error}); aggregate the round again") from error
+
+
+def _parse(about: dict[str, Any], tensors: dict[str, Tensor]) -> GlobalUpdate:
     return GlobalUpdate(
         layer_updates={name: _load_layer(name, facts, tensors) for name, facts in about["layers"].items()},
         extras={key.removeprefix("extra/"): tensor for key, tensor in tensors.items() if key.startswith("extra/")},
