@@ -61,14 +61,14 @@ class Stack:
     def P(self) -> Tensor:
         """(b, m, R) float32."""
         if not self.blocks:
-            return torch.zeros(self.batch, self.m, 0)
+            return torch.zeros(self.batch, self.m, 0, dtype=torch.float32)
         return torch.cat([block.B.to(torch.float32) for block in self.blocks], dim=2)
 
     @cached_property
     def Q(self) -> Tensor:
         """(b, R, n) float32."""
         if not self.blocks:
-            return torch.zeros(self.batch, 0, self.n)
+            return torch.zeros(self.batch, 0, self.n, dtype=torch.float32)
         return torch.cat([block.A.to(torch.float32) for block in self.blocks], dim=1)
 
     @property

@@ -102,9 +102,9 @@ def _empty(stack: Stack) -> Factorization:
     b = stack.batch
     zero = torch.zeros(b, dtype=torch.float64)
     return Factorization(
-        torch.zeros(b, stack.m, 0),
+        torch.zeros(b, stack.m, 0, dtype=torch.float32),
         torch.zeros(b, 0, dtype=torch.float64),
-        torch.zeros(b, stack.n, 0),
+        torch.zeros(b, stack.n, 0, dtype=torch.float32),
         zero,
         "empty",
     )
