@@ -33,6 +33,7 @@ from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.solve import LARGEST, solve
 from flexlora_fast.methods import Contribution, Method
 from flexlora_fast.methods.averaging import update_norm
+from flexlora_fast.precision import full_precision
 from flexlora_fast.progress import track
 from flexlora_fast.stack import Stack
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
@@ -252,6 +253,7 @@ class Aggregator:
             },
         )
 
+    @full_precision()
     def _layer(self, layer: str, clients: list[_Client], shares: dict[str, float]) -> LayerUpdate:
         """One layer: contributions -> blocks -> solve."""
         having = [client for client in clients if layer in client.adapter.layers]
@@ -275,7 +277,7 @@ class Aggregator:
         result = solve(stack, rank, solver=self.solver, tol=self.tol, seed=self.seed, name=layer)
         averaged = None
         if self.method.output == "slice":
-            averaged = (stack.P[:, :, :rank].cpu(), stack.Q[:, :rank].cpu())
+            averaged = (stack.P.cpu(), stack.Q.cpu())  # whole: the error of a slice is what it leaves behind
         bias = _average_bias(layer, having, contributions)
         return LayerUpdate(spec, _to_cpu(result), stack.R, averaged, bias)
 

@@ -55,7 +55,7 @@ def load(path: Path) -> GlobalUpdate:
         raise AdapterError(f"{path} is not a {FORMAT} file; give a file that GlobalUpdate.save wrote")
     try:
         return _parse(json.loads(metadata["update"]), tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{path} is damaged ({type(error).__name__}: {error}); aggregate the round again") from error
 
 

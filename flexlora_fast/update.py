@@ -19,6 +19,7 @@ from flexlora_fast.errors import AdapterError, OptionError, RankError
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.factorization import Factorization, complete
 from flexlora_fast.lowrank.random import stream
+from flexlora_fast.precision import full_precision
 
 if TYPE_CHECKING:
     from flexlora_fast.report import Report
@@ -59,7 +60,7 @@ class LayerUpdate:
         spec: names and shapes of the layer.
         factorization: U (E, m, k), S (E, k), V (E, n, k), energy (E,); E is 1 but for MoE experts.
         total_rank: R, the sum of the clients' ranks in this layer.
-        averaged: for methods that average factors (``output = "slice"``), their B̄ (E, m, r) and Ā (E, r, n):
+        averaged: for methods that average factors (``output = "slice"``), their B̄ (E, m, r) and Ā (E, r, n), whole:
             adapters are then their first columns instead of singular triplets.
         bias: Σ w·s·(lora_B.bias) (m,), where clients train one.
     """
@@ -83,7 +84,7 @@ class LayerUpdate:
     @property
     def rank(self) -> int:
         """k, the largest rank an adapter can be cut to."""
-        return self.averaged[1].shape[1] if self.averaged else self.factorization.S.shape[1]
+        return self.averaged[1].shape[1] if self.averaged and self.complete else self.factorization.S.shape[1]
 
     @property
     def energy(self) -> float:
@@ -116,7 +117,7 @@ class LayerUpdate:
     def error(self, rank: int) -> float:
         """‖ΔW − ΔW_rank‖_F of the adapter of that rank: √(‖ΔW‖_F² − Σ_{j≤rank} σ_j²).
 
-        Resolved down to about 1e-8·‖ΔW‖ for exact solvers and 1e-4·‖ΔW‖ for those that iterate in float32.
+        Resolved down to about 1e-8·‖ΔW‖ for exact solvers and 5e-4·‖ΔW‖ for those that iterate in float32.
         Raises ``RankError`` beyond what is kept, unless nothing was cut off.
         """
         self.check_rank(rank, lowest=0)
@@ -130,6 +131,8 @@ class LayerUpdate:
         return 1.0 - self.error(rank) ** 2 / self.energy if self.energy else 1.0
 
     def check_rank(self, rank: int, lowest: int = 1) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise RankError(f"rank {rank!r} is no integer", layer=self.name)
         if rank < lowest:
             raise RankError(f"rank {rank} is below {lowest}", layer=self.name)
         if rank > self.rank and not self.complete:
@@ -157,13 +160,13 @@ class LayerUpdate:
             B, A = self.averaged
             return _pad(A[:, :rank], B[:, :, :rank], rank, split, stream(seed, self.name))
         f = self.factorization
+        root = f.S[:, :rank].sqrt().float()  # the root of a float64: S itself may be below float32
         S = f.S[:, :rank].float()
         if split == "B":
             B, A = f.U[:, :, :rank] * S.unsqueeze(1), f.V[:, :, :rank].mT
         elif split == "A":
             B, A = f.U[:, :, :rank], f.V[:, :, :rank].mT * S.unsqueeze(2)
         else:
-            root = S.sqrt()
             B = f.U[:, :, :rank] * root.unsqueeze(1)
             # A zero singular value would leave both factors zero, and such a column never learns.
             A = f.V[:, :, :rank].mT * torch.where(root > 0, root, torch.ones_like(root)).unsqueeze(2)
@@ -222,6 +225,10 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             raise AdapterError(f"this update has no layer {layer!r}; {hint}")
         return self.layer_updates[layer]
 
+    def get(self, layer: str, default: Any = None) -> Any:
+        """The layer, or ``default`` (``Mapping.get`` only knows ``KeyError``)."""
+        return self.layer_updates.get(layer, default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.layer_updates)
 
@@ -231,6 +238,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
     def __contains__(self, layer: object) -> bool:
         return layer in self.layer_updates
 
+    @full_precision()
     def delta(self, layer: str, rank: int | None = None, layout: str = "matrix") -> Tensor:
         """The dense update of one layer cut to ``rank`` (default: all that is kept), float32.
 
@@ -261,7 +269,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             rank: one rank for all layers, with ``alpha`` (default: the first client's) and the clients' rsLoRA flag.
             config: a ``peft.LoraConfig`` or its dict; its targets, ranks, alphas and patterns are honoured.
             client: a name of this round; its own layers, ranks, scale and dtype.
-        With none of them: the largest rank kept.
+        With none of them: the largest rank kept, in each layer as far as it was kept there.
 
         Args:
             split: where the singular values go: all in B ("B", as in FlexLoRA and PEFT), √S in each ("balanced"),
@@ -287,10 +295,16 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             configs.refuse_unsupported(config)
             ranks = self._targeted(config)
             return self._build(config, ranks, _extras_for(config, list(self.extras)), split, dtype, None)
-        rank = max((u.rank for u in self.values()), default=0) if rank is None else rank
+        if rank is None:
+            rank = max(update.rank for update in self.values())
+            ranks = {name: rank if update.complete else min(rank, update.rank) for name, update in self.items()}
+        else:
+            ranks = dict.fromkeys(self.layers, rank)
+            for update in self.values():
+                update.check_rank(rank)
         config = {**self.template, "r": rank, "rank_pattern": {}, "alpha_pattern": {}}
         config["lora_alpha"] = config.get("lora_alpha", rank) if alpha is None else alpha
-        return self._build(config, dict.fromkeys(self.layers, rank), list(self.extras), split, dtype, None)
+        return self._build(config, ranks, list(self.extras), split, dtype, None)
 
     def _client(self, name: str) -> ClientRecord:
         for record in self.clients:
@@ -312,6 +326,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             )
         return ranks
 
+    @full_precision()
     def _build(
         self,
         config: dict[str, Any],
@@ -321,7 +336,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
         dtype: torch.dtype | None,
         client: str | None,
     ) -> Adapter:
-        config = configs.normalize(config)
+        config, dtype = configs.normalize(config), dtype or torch.float32
         factors, scales, biases = {}, {}, {}
         for layer, rank in ranks.items():
             update = self[layer]
@@ -330,11 +345,13 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
                 raise OptionError("alpha is 0 here, so no adapter can hold the update; give another alpha", layer=layer)
             A, B = update.factors(rank, split, self.seed)
             A, B = _descale(A, B, scale, split, sliced=update.averaged is not None)
-            factors[layer] = (A.to(dtype or torch.float32), B.to(dtype or torch.float32))
+            # Copies: an adapter is trained in place, and neither this update nor another adapter may see it.
+            factors[layer] = (_copy(A, dtype), _copy(B, dtype))
             scales[layer] = scale
+            named = dict(zip("AB", factors[layer], strict=True))
             if update.bias is not None and config.get("lora_bias"):
-                biases[layer] = (update.bias / scale).to(dtype or torch.float32)
-            _check_representable(factors[layer], layer)
+                biases[layer] = named["lora_B.bias"] = (update.bias / scale).to(dtype)
+            _check_representable(named, layer)
         return Adapter.from_factors(
             factors,
             {layer: self[layer].spec for layer in ranks},
@@ -342,7 +359,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             config,
             client=client,
             lora_bias=biases,
-            extras={key: self.extras[key] for key in extras if key in self.extras},
+            extras={key: self.extras[key].clone() for key in extras if key in self.extras},
         )
 
     def save(self, path: str | Path) -> Path:
@@ -377,8 +394,12 @@ def _descale(A: Tensor, B: Tensor, scale: float, split: Split, *, sliced: bool) 
     return (A / scale, B) if split == "A" else (A, B / scale)
 
 
-def _check_representable(factors: tuple[Tensor, Tensor], layer: str) -> None:
-    for name, X in zip("AB", factors, strict=True):
+def _copy(X: Tensor, dtype: torch.dtype) -> Tensor:
+    return X.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _check_representable(tensors: Mapping[str, Tensor], layer: str) -> None:
+    for name, X in tensors.items():
         if not bool(torch.isfinite(X).all()):
             raise AdapterError(f"{name} overflows {X.dtype}; ask for dtype=torch.float32", layer=layer)
 
