@@ -1,0 +1,44 @@
+"""Every check of the contract on every method, solver and layout, and on every dtype that clients send."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from flexlora_fast.lowrank.plan import SOLVERS
+from flexlora_fast.methods import METHODS
+from tests import checks, checks_hard
+from tests.checks import Case
+from tests.rounds import DTYPES, MODELS
+
+LAYOUTS = [Case(method, solver, model) for method in METHODS for solver in ("auto", *SOLVERS) for model in MODELS]
+PRECISIONS = [
+    Case(method, solver, "linear", dtype)
+    for method in METHODS
+    for solver in ("gram", "krylov", "factored", "dense")
+    for dtype in DTYPES
+    if dtype != "float32"
+]
+ROUTES = [Case(method, solver, "linear") for method in METHODS for solver in ("auto", *SOLVERS)]
+
+
+@pytest.mark.parametrize("case", LAYOUTS + PRECISIONS, ids=str)
+@pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
+def test_contract(check: Callable[[Case], None], case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", ROUTES, ids=str)
+@pytest.mark.parametrize("check", checks_hard.CHECKS, ids=lambda check: check.__name__)
+def test_hard_inputs(check: Callable[[Case], None], case: Case) -> None:
+    check(case)
+
+
+def test_the_suite_would_notice() -> None:
+    """The checks themselves can fail: a method with a wrong formula does not pass them."""
+    case = Case("flexlora", "gram", "linear")
+    clients = case.round()
+    wrong = [c.but(scales={layer: 2 * s for layer, s in c.scales.items()}) for c in clients]
+    with pytest.raises(AssertionError, match=r"off by|error"):
+        checks.assert_right(case, case.aggregate(clients), wrong)
