@@ -126,6 +126,24 @@ def test_narrow_layers_under_many_names(solver: str, m: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+def test_all_energy_on_a_few_coordinates(solver: str) -> None:
+    """Two inputs of twelve: where a start's signs agree on both, products vanish and must not count as searched.
+
+    The core of a stack wider than its layer looks like this to the solver, whatever the layer.
+    """
+    for n, r, alone in ((12, 4, True), (2, 8, False), (3, 11, False)):
+        generator = torch.Generator().manual_seed(n)
+        A, B = torch.randn(1, r, n, generator=generator), torch.randn(1, n, r, generator=generator)
+        A[:, :, 2:] = 0 if alone else A[:, :, 2:]
+        stack = Stack([Block(B, A, torch.ones(r, dtype=torch.float64))], n, n)
+        truth = truth_of(stack)
+        for name in range(60):
+            f = solve(stack, 2, solver=solver, name=str(name))
+            error = float(np.linalg.norm(truth.whole - dense(f)))
+            assert error <= 1.001 * truth.error(2) + 1e-6 * truth.norm, f"{n}×{n} of R = {r}, name {name}"
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_exactly_repeated_singular_values(solver: str) -> None:
     """ΔW = the identity: an invariant subspace at every step, and no gain to tell that anything is missing."""
     eye = torch.eye(64)[None]

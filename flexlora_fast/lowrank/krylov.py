@@ -104,6 +104,11 @@ def block_krylov(op: Operator, k: int, tol: float, key: int, *, depth: int | Non
             restarted = True
             last_image = op.apply(_deflate(basis, _random_block(op, block, key - 1)))
     exhausted = basis.shape[2] >= limit
+    if exhausted and not bool((torch.linalg.vector_norm(basis, dim=1) > 0.5).all()):
+        # Zero columns, left where products vanished, count as searched without having been: take all directions.
+        basis = torch.eye(limit, dtype=op.dtype, device=op.device).expand(op.batch, -1, -1)
+        image = op.apply(basis)
+        core = _gram64(image, image)
     return _ritz(basis, image, core, k, steps, 0.0 if exhausted else stop.excess)
 
 
