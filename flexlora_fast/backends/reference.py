@@ -68,8 +68,8 @@ def orthonormalize(Y: Tensor) -> Tensor:
     """An orthonormal basis of the columns of Y (b, m, l), by Cholesky QR twice with float64 Grams.
 
     Float64 Grams keep the method stable up to a condition number of about 1e8, beyond what float32 columns can
-    express (Yamamoto et al., ETNA 44, 2015). Directions that vanish to rounding come out as zero columns, which
-    Rayleigh-Ritz ignores, rather than as noise or NaN.
+    express (Yamamoto et al., ETNA 44, 2015). Directions that vanish to rounding (below 1e-6 of the unit columns) come
+    out as zero columns, which Rayleigh-Ritz ignores, rather than as noise or NaN.
     """
     scale = torch.linalg.vector_norm(Y, dim=1, keepdim=True)
     # Normalising first keeps tiny columns apart from dependent ones; 0/0 cannot occur.

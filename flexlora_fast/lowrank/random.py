@@ -43,7 +43,7 @@ def signs(rows: int, cols: int, key: int, *, batch: int = 1, dtype: torch.dtype 
     torch.Size([1, 2, 3])
     """
     words = -(-cols // 64)
-    row = torch.arange(batch * rows, dtype=torch.int64).unsqueeze(1)
+    row = ((torch.arange(batch) << 32).unsqueeze(1) + torch.arange(rows)).reshape(-1, 1)  # address (b, i)
     word = torch.arange(words, dtype=torch.int64).unsqueeze(0)
     # Two rounds: the first decorrelates the key and row from the word, so that streams cannot run into each other.
     hashed = _splitmix64(_splitmix64(row ^ key) + word + 1)  # (batch*rows, words)

@@ -1,0 +1,168 @@
+"""The reference ops against float64 on weird shapes: each at least as good as plain float32 torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexlora_fast.backends import reference
+from flexlora_fast.lowrank.dense import dense_energy
+from flexlora_fast.lowrank.gram import core_of
+from flexlora_fast.lowrank.subspace import factor_energy
+from flexlora_fast.stack import Block, Stack
+
+# (m, n, ranks of the blocks, b): prime, thin, single and wide; the last has more columns than one Gram tile or group.
+SHAPES = [
+    (5, 123, (1, 2), 1),
+    (123, 5, (3,), 1),
+    (1, 1, (1, 1), 1),
+    (1, 17, (4, 9), 1),
+    (31, 1, (2,), 3),
+    (37, 29, (1, 2, 7, 30), 1),
+    (16, 24, (5, 3), 4),
+    (40, 33, (400, 500, 200), 1),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def stack_of(shape: tuple[int, int, tuple[int, ...], int], dtype: torch.dtype = torch.float32, seed: int = 0) -> Stack:
+    m, n, ranks, batch = shape
+    generator = torch.Generator().manual_seed(seed)
+    blocks = [
+        Block(
+            torch.randn(batch, m, r, generator=generator).to(dtype),
+            torch.randn(batch, r, n, generator=generator).to(dtype),
+            torch.randn(r, generator=generator, dtype=torch.float64),
+        )
+        for r in ranks
+    ]
+    return Stack(blocks, m, n, batch)
+
+
+def exact(stack: Stack) -> Tensor:
+    """ΔW in float64."""
+    return sum(((b.B.double() * b.d) @ b.A.double() for b in stack.blocks), torch.zeros((), dtype=torch.float64))
+
+
+def assert_near(got: Tensor, truth: Tensor, size: Tensor | float) -> None:
+    """Within float32 rounding of what was summed: ``size`` is the norm of the terms."""
+    assert got.shape == truth.shape and torch.isfinite(got).all()
+    assert float((got.double() - truth).norm()) <= 1e-6 * float(size)
+
+
+def mass(stack: Stack) -> float:
+    return float(sum((b.B.double() * b.d).norm() * b.A.double().norm() for b in stack.blocks))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+class TestOps:
+    def test_materialize(self, shape: tuple, dtype: torch.dtype) -> None:
+        stack = stack_of(shape, dtype)
+        got = reference.materialize(stack)
+        assert got.dtype == torch.float32
+        assert_near(got, exact(stack), mass(stack))
+
+    def test_project(self, shape: tuple, dtype: torch.dtype) -> None:
+        """Coefficients reach float32 intermediates: folded into 16-bit factors they would cost 1e-3 here."""
+        stack = stack_of(shape, dtype)
+        X, Y = torch.randn(stack.batch, stack.n, 3), torch.randn(stack.batch, stack.m, 2)
+        assert_near(reference.project(stack, X), exact(stack) @ X.double(), mass(stack) * X.norm())
+        assert_near(reference.project_t(stack, Y), exact(stack).mT @ Y.double(), mass(stack) * Y.norm())
+
+    def test_gram(self, shape: tuple, dtype: torch.dtype) -> None:
+        stack = stack_of(shape, dtype)
+        PP, QQ = reference.gram(stack)
+        P, Q = stack.P.double(), stack.Q.double()
+        assert_near(PP, P.mT @ P, P.norm() ** 2)
+        assert_near(QQ, Q @ Q.mT, Q.norm() ** 2)
+        assert torch.allclose(PP, PP.mT, rtol=1e-5, atol=1e-5) and PP.dtype == torch.float32
+
+    def test_energies(self, shape: tuple, dtype: torch.dtype) -> None:
+        """Three ways to ‖ΔW‖_F²: from factor Grams, from the dense matrix, from the float64 core."""
+        stack = stack_of(shape, dtype)
+        truth = exact(stack).square().sum(dim=(1, 2))
+        parts = [
+            ((b.B.double() * b.d).norm(dim=1) * b.A.double().norm(dim=2)).square().sum(dim=1) for b in stack.blocks
+        ]
+        size = float(sum(part.sum() for part in parts))
+        assert_near(factor_energy(stack), truth, size)
+        assert_near(dense_energy(reference.materialize(stack)), truth, size)
+        if stack.R < 50:  # the core takes part only where R is small; here also where its Grams are singular
+            torch.testing.assert_close(core_of(stack).energy, truth, rtol=1e-9, atol=1e-9)
+
+    def test_equilibrated(self, shape: tuple, dtype: torch.dtype) -> None:
+        stack = stack_of(shape, dtype)
+        before = stack.P.clone(), stack.Q.clone()
+        P, c, Q = stack.equilibrated()
+        torch.testing.assert_close((P * c.unsqueeze(1)) @ Q, exact(stack), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(P.norm(dim=1), torch.ones_like(c), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(Q.norm(dim=2), torch.ones_like(c), rtol=1e-12, atol=1e-12)
+        assert torch.equal(stack.P, before[0]) and torch.equal(stack.Q, before[1])
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 512])
+def test_tiles_do_not_show(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiled Grams and energies at every remainder of R, in float64."""
+    whole = stack_of(SHAPES[5])
+    energy = factor_energy(whole)
+    monkeypatch.setattr(reference, "_GRAM_TILE", tile)
+    for columns in range(1, 9):
+        X = torch.randn(2, 11, columns, dtype=torch.float64)
+        torch.testing.assert_close(reference.gram_of(X), X.mT @ X, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(factor_energy(whole), energy, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 7, 10_000])
+def test_groups_do_not_show(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = stack_of(SHAPES[5], torch.bfloat16)
+    monkeypatch.setattr(reference, "_GROUP_COLUMNS", columns)
+    assert_near(reference.materialize(stack), exact(stack), mass(stack))
+
+
+def test_nothing_to_add_is_zero() -> None:
+    stack = Stack([Block(torch.ones(2, 3, 0), torch.ones(2, 0, 4), torch.ones(0, dtype=torch.float64))], 3, 4, 2)
+    assert stack.R == 0 and stack.d.dtype == torch.float64
+    assert torch.equal(reference.materialize(stack), torch.zeros(2, 3, 4))
+    assert stack.P.shape == (2, 3, 0) and stack.Q.shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("m", "columns"), [(1, 1), (5, 5), (123, 5), (40, 17)])
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e5])
+def test_orthonormalize(condition: float, m: int, columns: int, dtype: torch.dtype) -> None:
+    """An orthonormal basis of the same span, of columns of any size and nearly parallel ones."""
+    generator = torch.Generator().manual_seed(m)
+    U = torch.linalg.qr(torch.randn(2, m, columns, generator=generator, dtype=torch.float64))[0]
+    W = torch.linalg.qr(torch.randn(2, columns, columns, generator=generator, dtype=torch.float64))[0]
+    tilt = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), columns, dtype=torch.float64)
+    Y = ((U * tilt) @ W * torch.logspace(-12, 12, columns, dtype=torch.float64)).to(dtype)
+    X = reference.orthonormalize(Y)
+    assert X.dtype == dtype
+    eye = torch.eye(columns, dtype=dtype)
+    assert (X.mT @ X - eye).abs().max() <= 100 * torch.finfo(dtype).eps
+    unit = (Y / Y.norm(dim=1, keepdim=True)).double()
+    outside = unit - X.double() @ (X.double().mT @ unit)
+    assert outside.norm() <= 1e3 * torch.finfo(dtype).eps
+
+
+def test_orthonormalize_of_dependent_and_zero_columns() -> None:
+    """What is not there comes out as zero, never as noise or NaN."""
+    x = torch.randn(9, generator=torch.Generator().manual_seed(2))
+    Y = torch.stack([x, x, torch.zeros(9), -x], dim=1)[None]
+    X = reference.orthonormalize(Y)
+    assert torch.isfinite(X).all()
+    singular = torch.linalg.svdvals(X[0])
+    torch.testing.assert_close(singular, torch.tensor([1.0, 0, 0, 0]), rtol=1e-5, atol=1e-5)
+    assert not reference.orthonormalize(torch.zeros(1, 5, 3)).any()
+
+
+def test_eigh_small_is_descending() -> None:
+    C = torch.randn(3, 6, 6, dtype=torch.float64)
+    C = C @ C.mT
+    values, vectors = reference.eigh_small(C)
+    assert (values.diff(dim=1) <= 0).all()
+    torch.testing.assert_close(C @ vectors, vectors * values.unsqueeze(1))
+    many = torch.eye(200, dtype=torch.float64)[None]
+    assert torch.equal(reference.eigh_small(many)[0], torch.ones(1, 200, dtype=torch.float64))
