@@ -220,7 +220,7 @@ def ranks_table(federations: Sequence[Federation]) -> Table:
 
 
 def compare(federations: Sequence[Federation]) -> dict[str, Any]:
-    """FlexLoRA − FedIT at each arm's largest rank: by round and after the last one per seed, and over seeds.
+    """FlexLoRA − FedIT at each arm's largest rank: for each seed by round, and over seeds (None for a single one).
 
     The two are tested on the same questions, so the standard error is that of the paired difference.
     """
@@ -236,8 +236,10 @@ def compare(federations: Sequence[Federation]) -> dict[str, Any]:
                 "standard_error": standard_error(gaps[-1]),
             }
         )
-    last = np.array([entry["difference"] for entry in per_seed])
-    over = {"mean": float(last.mean()), "standard_error": standard_error(last) if len(last) > 1 else None}
+    if len(per_seed) == 1:
+        return {"per_seed": per_seed, "over_seeds": None}
+    by_round = np.array([entry["by_round"] for entry in per_seed]).T
+    over = [{"mean": float(gaps.mean()), "standard_error": standard_error(gaps)} for gaps in by_round]
     return {"per_seed": per_seed, "over_seeds": over}
 
 
@@ -251,15 +253,16 @@ def verdict(comparison: dict[str, Any]) -> str:
             f"last round (standard error over the test questions, paired); by round {rounds}"
         )
     over = comparison["over_seeds"]
-    if over["standard_error"] is None:
+    if over is None:
         lines.append(
             "One seed is one split, one initialisation and one data order, which that standard error leaves out: this "
             "shows that the loop works, and proves little about which method is better."
         )
     else:
+        means = "  ".join(f"{100 * gap['mean']:+.1f} ± {100 * gap['standard_error']:.1f}" for gap in over)
         lines.append(
-            f"  {len(comparison['per_seed'])} seeds: {100 * over['mean']:+.1f} ± {100 * over['standard_error']:.1f} "
-            "after the last round (standard error over splits, initialisations and data orders)"
+            f"  {len(comparison['per_seed'])} seeds, by round: {means}   (standard error over splits, initialisations "
+            "and data orders)"
         )
     return "\n".join(lines)
 

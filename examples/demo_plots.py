@@ -97,5 +97,5 @@ def energy(axes: Axes, federations: Sequence[Federation]) -> None:
     ticks = sorted({1, *clients.tolist()})
     axes.set_xticks(ticks, [str(rank) for rank in ticks])
     axes.set(xlabel="rank (dots: the clients')", ylabel="energy kept")
-    axes.set_title("Share of the global update that a rank holds", fontsize=10)
+    axes.set_title(f"Share of the global update a rank holds (seed {mixed.seed})", fontsize=10)
     axes.legend(frameon=False, loc="lower right")

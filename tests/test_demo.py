@@ -104,6 +104,32 @@ def test_options() -> None:
         demo.parse(["--rounds", "0"])
 
 
+def test_compare_pairs_the_questions_and_averages_over_seeds() -> None:
+    def played(name: str, seed: int, correct: list[list[bool]]) -> demo_server.Federation:
+        federation = demo_server.Federation(name, name, [2], [np.arange(1)], seed, Path("unused"))
+        for number, answers in enumerate(correct, start=1):
+            score = demo_train.Score(np.array(answers), loss=0.0)
+            federation.rounds.append(demo_server.Round(number, 0.0, {2: score}, [1.0, 1.0], 0.0))
+        return federation
+
+    one = [
+        played("flexlora", 0, [[True, True, True, False], [True, True, True, True]]),
+        played("fedit", 0, [[True, True, False, False], [True, True, True, True]]),
+    ]
+    alone = demo.compare(one)
+    assert alone["over_seeds"] is None
+    assert alone["per_seed"][0]["by_round"] == [0.25, 0.0]
+    assert alone["per_seed"][0]["standard_error"] == 0  # equal answers to each question: no chance in the difference
+    assert "proves little" in demo.verdict(alone)
+
+    two = [*one, played("flexlora", 1, [[False] * 4, [True] * 4]), played("fedit", 1, [[True] * 4, [False] * 4])]
+    both = demo.compare(two)
+    assert [gap["mean"] for gap in both["over_seeds"]] == [-0.375, 0.5]
+    # of a mean over two seeds: half the distance between them
+    assert both["over_seeds"][1]["standard_error"] == pytest.approx(0.5)
+    assert "2 seeds, by round: -37.5 ± 62.5" in demo.verdict(both)
+
+
 def test_wilson_interval_holds_the_share_and_stays_inside() -> None:
     low, high = demo_plots.wilson(np.array([0.0, 0.5, 1.0]), 100)
     assert low[0] == pytest.approx(0)
