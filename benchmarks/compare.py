@@ -37,7 +37,7 @@ ROUNDS = [
     Round("paper, flat spectrum", 2048, 2048, paper_ranks(), 200, "flat"),
     Round("small model: 8 clients, r 2…32", 1536, 384, (2, 2, 4, 4, 8, 8, 16, 32), 32),
 ]
-# PROPACK needs minutes where hundreds of triplets of a wide stack are wanted; the SVD loop bounds what is worth waiting.
+# PROPACK needs minutes where hundreds of triplets of a wide stack are wanted.
 _SLOW = {("PROPACK on the factors", 200)}
 
 
