@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexlora_fast.backends import reference
+from flexlora_fast import _native
+from flexlora_fast.backends import cpu, reference
 from flexlora_fast.lowrank.dense import dense_energy
 from flexlora_fast.lowrank.gram import core_of
 from flexlora_fast.lowrank.subspace import factor_energy
@@ -63,6 +64,10 @@ class TestOps:
         got = reference.materialize(stack)
         assert got.dtype == torch.float32
         assert_near(got, exact(stack), mass(stack))
+
+    def test_compiled_materialize(self, shape: tuple, dtype: torch.dtype) -> None:
+        stack = stack_of(shape, dtype)
+        assert_near(cpu.materialize(stack), exact(stack), mass(stack))
 
     def test_project(self, shape: tuple, dtype: torch.dtype) -> None:
         """Coefficients reach float32 intermediates: folded into 16-bit factors they would cost 1e-3 here."""
@@ -166,3 +171,11 @@ def test_eigh_small_is_descending() -> None:
     torch.testing.assert_close(C @ vectors, vectors * values.unsqueeze(1))
     many = torch.eye(200, dtype=torch.float64)[None]
     assert torch.equal(reference.eigh_small(many)[0], torch.ones(1, 200, dtype=torch.float64))
+
+
+def test_compiled_materialize_takes_what_the_extension_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stack in (stack_of((7, 5, (2, 3), 1), torch.float64), stack_of((7, 5, (2, 3), 4)), Stack([], 7, 5)):
+        assert torch.equal(cpu.materialize(stack), reference.materialize(stack))
+    stack = stack_of((7, 5, (2, 3), 1))
+    monkeypatch.setattr(_native, "extension", None)
+    assert torch.equal(cpu.materialize(stack), reference.materialize(stack))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexlora_fast.backends import reference
+from flexlora_fast.backends import cpu
 from flexlora_fast.lowrank.factorization import Factorization, finish
 from flexlora_fast.lowrank.krylov import Operator, Triplets, block_krylov
 from flexlora_fast.stack import Stack
@@ -25,7 +25,7 @@ def from_triplets(t: Triplets, energy: Tensor, solver: str, key: int) -> Factori
 
 def solve_dense(stack: Stack, k: int, key: int, tol: float) -> Factorization:
     """Accumulate ΔW in float32 (2·m·n·R flops), then block Krylov on it: the route for R beyond mn/(m+n)."""
-    D = reference.materialize(stack)
+    D = cpu.materialize(stack)
     energy = dense_energy(D)
     op = Operator(
         stack.m,
