@@ -60,16 +60,22 @@ class Stack:
     @cached_property
     def P(self) -> Tensor:
         """(b, m, R) float32."""
-        if not self.blocks:
-            return torch.zeros(self.batch, self.m, 0, dtype=torch.float32)
-        return torch.cat([block.B.to(torch.float32) for block in self.blocks], dim=2)
+        return self.packed_P(torch.float32)
 
     @cached_property
     def Q(self) -> Tensor:
         """(b, R, n) float32."""
-        if not self.blocks:
-            return torch.zeros(self.batch, 0, self.n, dtype=torch.float32)
-        return torch.cat([block.A.to(torch.float32) for block in self.blocks], dim=1)
+        return self.packed_Q(torch.float32)
+
+    def packed_P(self, dtype: torch.dtype) -> Tensor:
+        """[B_1 … B_K], (b, m, R), a new tensor."""
+        empty = torch.zeros(self.batch, self.m, 0, dtype=dtype, device=self.device)
+        return torch.cat([empty, *(block.B.to(dtype) for block in self.blocks)], dim=2)
+
+    def packed_Q(self, dtype: torch.dtype) -> Tensor:
+        """[A_1; …; A_K], (b, R, n), a new tensor."""
+        empty = torch.zeros(self.batch, 0, self.n, dtype=dtype, device=self.device)
+        return torch.cat([empty, *(block.A.to(dtype) for block in self.blocks)], dim=1)
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +87,7 @@ class Stack:
         Returns P̂ (b, m, R), c (b, R), Q̂ (b, R, n). The scaling takes a badly balanced pair (1e6·B, 1e-6·A) out of
         the Gram matrices, where it would square.
         """
-        P, Q = self.P.double(), self.Q.double()
+        P, Q = self.packed_P(torch.float64), self.packed_Q(torch.float64)
         p = torch.linalg.vector_norm(P, dim=1)  # (b, R)
         q = torch.linalg.vector_norm(Q, dim=2)  # (b, R)
         c = self.d.to(P.device) * p * q

@@ -17,6 +17,11 @@ def dense_energy(D: Tensor) -> Tensor:
     return torch.stack(slabs).sum(dim=0)
 
 
+def dense64(stack: Stack) -> Tensor:
+    """ΔW (b, m, n) in float64."""
+    return (stack.packed_P(torch.float64) * stack.d.to(stack.device)) @ stack.packed_Q(torch.float64)
+
+
 def from_triplets(t: Triplets, energy: Tensor, solver: str, key: int) -> Factorization:
     """Normalise the left vectors of an iterative solve."""
     inverse = torch.where(t.S > 0, 1 / t.S, torch.zeros_like(t.S)).unsqueeze(1)
@@ -42,6 +47,6 @@ def solve_dense(stack: Stack, k: int, key: int, tol: float) -> Factorization:
 
 def solve_svd(stack: Stack, k: int, key: int) -> Factorization:
     """The oracle: ΔW and its full SVD in float64."""
-    D = (stack.P.double() * stack.d.to(stack.device)) @ stack.Q.double()
+    D = dense64(stack)
     U, S, Vh = torch.linalg.svd(D, full_matrices=False)
     return Factorization(*finish(U[:, :, :k], S[:, :k], Vh[:, :k].mT, key), S.square().sum(dim=1), "svd")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.backends import reference
+from flexlora_fast.lowrank.dense import dense64
 from flexlora_fast.lowrank.factorization import Factorization, finish
 from flexlora_fast.lowrank.krylov import Operator, block_krylov
 from flexlora_fast.stack import Stack
@@ -19,11 +20,13 @@ from flexlora_fast.stack import Stack
 
 @dataclass(frozen=True)
 class Core:
-    """C (b, R, R) float64 with the maps back: U = P̂·L₁⁻ᵀ·U_C, V = Q̂ᵀ·L₂⁻ᵀ·V_C."""
+    """C (b, R, R) float64 with the maps back: U = P·p⁻¹·L₁⁻ᵀ·U_C, V = Qᵀ·q⁻¹·L₂⁻ᵀ·V_C."""
 
     C: Tensor
-    P: Tensor  # (b, m, R) float64, unit columns
-    Q: Tensor  # (b, R, n) float64, unit rows
+    P: Tensor  # (b, m, R) float64
+    Q: Tensor  # (b, R, n) float64
+    p: Tensor  # (b, R) norms of P's columns, 1 where zero
+    q: Tensor  # (b, R) norms of Q's rows, 1 where zero
     L1: Tensor  # (b, R, R) lower triangular
     L2: Tensor
 
@@ -34,17 +37,30 @@ class Core:
 
     def expand(self, Uc: Tensor, Vc: Tensor) -> tuple[Tensor, Tensor]:
         """Core vectors (b, R, k) back to the layer: U (b, m, k), V (b, n, k), float64."""
-        U = self.P @ torch.linalg.solve_triangular(self.L1.mT, Uc, upper=True)
-        V = self.Q.mT @ torch.linalg.solve_triangular(self.L2.mT, Vc, upper=True)
-        return U, V
+        Tu = torch.linalg.solve_triangular(self.L1.mT, Uc, upper=True) / self.p.unsqueeze(2)
+        Tv = torch.linalg.solve_triangular(self.L2.mT, Vc, upper=True) / self.q.unsqueeze(2)
+        return self.P @ Tu, self.Q.mT @ Tv
 
 
 def core_of(stack: Stack) -> Core:
-    """The core of a stack. Grams are float64: squaring float32 ones costs 5e-5 of excess at k = 64 and more beyond."""
-    P, c, Q = stack.equilibrated()
-    L1 = _cholesky(reference.gram_of(P))
-    L2 = _cholesky(reference.gram_of(Q.mT))
-    return Core(L1.mT @ (c.unsqueeze(2) * L2), P, Q, L1, L2)
+    """The core of a stack. Grams are float64: squaring float32 ones costs 5e-5 of excess at k = 64 and more beyond.
+
+    They are scaled to a unit diagonal, which takes a badly balanced pair (1e6·B, 1e-6·A) out of the Cholesky factors;
+    the norms p and q go into the coefficients c = d·p·q.
+    """
+    P, Q = stack.packed_P(torch.float64), stack.packed_Q(torch.float64)
+    G1, p = _unit_diagonal(reference.gram_of(P))
+    G2, q = _unit_diagonal(reference.gram_of(Q.mT))
+    L1, L2 = _cholesky(G1), _cholesky(G2)
+    c = stack.d.to(stack.device) * p * q
+    return Core(L1.mT @ (c.unsqueeze(2) * L2), P, Q, p, q, L1, L2)
+
+
+def _unit_diagonal(G: Tensor) -> tuple[Tensor, Tensor]:
+    """G (b, R, R) scaled to a unit diagonal, and the norms (b, R) taken out; where G has a zero row the norm is 1."""
+    norms = G.diagonal(dim1=-2, dim2=-1).sqrt()
+    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+    return G / (norms.unsqueeze(1) * norms.unsqueeze(2)), norms
 
 
 def _cholesky(G: Tensor) -> Tensor:
@@ -78,7 +94,7 @@ def solve_gram(stack: Stack, k: int, key: int) -> Factorization:
 
 def _solve_side(stack: Stack, k: int, key: int) -> Factorization:
     """Exact through the smaller of ΔWᵀΔW and ΔWΔWᵀ, float64."""
-    D = (stack.P.double() * stack.d.to(stack.device)) @ stack.Q.double()
+    D = dense64(stack)
     tall = stack.m >= stack.n
     values, vectors = reference.eigh_small(D.mT @ D if tall else D @ D.mT)
     S = values[:, :k].clamp_min(0).sqrt()
