@@ -8,7 +8,8 @@ changes gets new parameters through its own ``update_layer``, and the model's co
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,8 +57,13 @@ def _detached(key: str, value: Any, client: str | None) -> Tensor:
     return value.detach().clone()
 
 
+@torch.inference_mode(False)
 def load(adapter: Adapter, model: Any, adapter_name: str) -> bool:
-    """Put an adapter into a live model; see ``Adapter.load_into``. All checks come before the first write."""
+    """Put an adapter into a live model; see ``Adapter.load_into``. All checks come before the first write.
+
+    The caller's inference mode is left for the call: parameters made in it could never be trained, nor written
+    again outside it.
+    """
     model, config = _peft_model(model, adapter_name, adapter.client)
     layers = _lora_layers(model, adapter_name)
     facts = {layer: _facts(layer, module, layers, adapter.client) for layer, module in layers.items()}
@@ -74,17 +80,18 @@ def load(adapter: Adapter, model: Any, adapter_name: str) -> bool:
     _check_untied(layers, resized, adapter_name, adapter.client)
 
     live_config = model.peft_config[adapter_name]
-    with torch.no_grad():
-        for layer, module in layers.items():
-            alpha = configs.alpha_for(config, names[layer])
-            alpha = int(alpha) if alpha.is_integer() else alpha
+    for layer, module in layers.items():
+        alpha = configs.alpha_for(config, names[layer])
+        alpha = int(alpha) if alpha.is_integer() else alpha
+        with _mode_of(_parameters(module, adapter_name)[0]):
             if layer in resized:
                 _resize(module, adapter_name, ranks[layer], alpha, live_config)
             _write(adapter, layer, module, adapter_name)
             module.r[adapter_name] = ranks[layer]
             module.lora_alpha[adapter_name] = alpha
             _set_scale(module, adapter_name, scales[layer])
-        for key, target in extras.items():
+    for key, target in extras.items():
+        with _mode_of(target):
             target.copy_(adapter.extras[key])
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         setattr(live_config, field, config[field])
@@ -275,6 +282,13 @@ def _extra_targets(adapter: Adapter, model: Any, adapter_name: str) -> dict[str,
 
 
 # -- writes ---
+
+
+@contextmanager
+def _mode_of(target: Tensor) -> Iterator[None]:
+    """Write as the tensor that is written allows it: one made in inference mode only there. No autograd."""
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
+        yield
 
 
 def _resize(module: Any, adapter_name: str, rank: int, alpha: float, live_config: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +215,40 @@ def test_training_goes_on_after_another_rank() -> None:
     assert all(p.grad is not None and p.grad.shape == p.shape for p in parameters)
     optimizer.step()
     assert not torch.equal(outputs(model), before)
+
+
+def assert_holds(model: nn.Module, source: Adapter) -> None:
+    now = Adapter.from_peft(model).state_dict()
+    assert all(torch.equal(now[key], value) for key, value in source.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=lambda mode: mode.__name__)
+def test_what_is_loaded_without_autograd_can_be_trained_and_loaded_again(mode: Callable[[], Any]) -> None:
+    """Servers evaluate in inference mode; tensors made there take neither gradients nor writes outside it."""
+    options = {"kind": "mixed", "modules_to_save": ["classifier"]}
+    model = trained_adapter(2, 4, **options)
+    sources = [Adapter.from_peft(trained_adapter(seed, rank, **options)) for seed, rank in ((1, 6), (3, 6), (5, 2))]
+    with mode():
+        assert sources[0].load_into(model) and not torch.is_grad_enabled()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert not any(p.is_inference() for p in model.parameters())
+    model(tokens()).square().sum().backward()
+    assert all(p.grad is not None for p in parameters)
+    for source in sources[1:]:
+        source.load_into(model)
+        assert_holds(model, source)
+
+
+@pytest.mark.parametrize("rank", [4, 6])
+def test_a_model_made_in_inference_mode_is_written_inside_and_outside_of_it(rank: int) -> None:
+    options = {"kind": "mixed", "modules_to_save": ["classifier"]}
+    with torch.inference_mode():
+        model = trained_adapter(2, 4, **options)
+    for seed, inside in ((1, True), (3, False)):
+        source = Adapter.from_peft(trained_adapter(seed, rank, **options))
+        with torch.inference_mode(inside):
+            source.load_into(model)
+        assert_holds(model, source)
 
 
 # -- extras ---
