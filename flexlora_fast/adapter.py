@@ -16,6 +16,7 @@ from flexlora_fast import folder, layouts, variants
 from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.layouts import LayerFacts, LayerSpec
+from flexlora_fast.precision import full_precision
 
 
 class Adapter:
@@ -191,8 +192,9 @@ class Adapter:
         key = self._bias_keys.get(layer)
         return None if key is None else self._tensors[key]
 
+    @full_precision()
     def delta(self, layer: str, layout: str = "matrix") -> Tensor:
-        """The dense update s·B·A, float32 (float64 for float64 factors).
+        """The dense update s·B·A, float32 (float64 for float64 factors), whatever the caller's autocast.
 
         ``layout="matrix"``: (m, n), or (E, m, n) for MoE. ``layout="weight"``: as the weight itself is
         stored, what PEFT's ``get_delta_weight`` returns. A state dict does not tell whether a MoE parameter

@@ -135,6 +135,14 @@ def test_non_contiguous_and_rank_one() -> None:
     torch.testing.assert_close(adapter.delta("fc"), 3 * state[B] @ state[A])
 
 
+def test_delta_does_not_follow_autocast() -> None:
+    adapter = Adapter.from_state_dict(simple(), {"r": 2, "lora_alpha": 3})
+    expected = adapter.delta("fc")
+    with torch.autocast("cpu", torch.bfloat16):
+        delta = adapter.delta("fc")
+    assert delta.dtype == torch.float32 and torch.equal(delta, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_delta_of_low_precision_is_float32_of_the_exact_values(dtype: torch.dtype) -> None:
     state = {k: v.to(dtype) for k, v in simple().items()}
