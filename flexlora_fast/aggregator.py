@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,22 +16,19 @@ from torch import Tensor
 from flexlora_fast import config as configs
 from flexlora_fast import methods
 from flexlora_fast.adapter import Adapter
+from flexlora_fast.admission import Admission
 from flexlora_fast.errors import (
-    AdapterError,
     BackendError,
     EmptyRoundError,
     FlexLoRAError,
-    IncompatibleAdapterError,
     OptionError,
     RankError,
     WeightError,
 )
-from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.factorization import Factorization
-from flexlora_fast.lowrank.solve import LARGEST, solve
+from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.methods import Contribution, Method
-from flexlora_fast.methods.averaging import update_norm
 from flexlora_fast.precision import full_precision
 from flexlora_fast.progress import track
 from flexlora_fast.stack import Stack
@@ -153,9 +149,7 @@ class Aggregator:
         self.seed, self.missing, self.progress = seed, missing, progress
         self.refused: list[Refusal] = []
         self._clients: dict[str, _Client] = {}
-        # What the round has settled, and which client settled it.
-        self._specs: dict[str, tuple[LayerSpec, str]] = {}
-        self._agreed: dict[str, tuple[Any, str]] = {}
+        self._admission = Admission()
         self._started = time.perf_counter()
 
     @property
@@ -184,40 +178,13 @@ class Aggregator:
         name = self.name_for(adapter) if client is None else client
         try:
             loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, client=name)
-            self._check(name, loaded, weight)
+            self._admission.check(name, loaded, weight)
         except FlexLoRAError as error:
             error.at(client=name)
             self.refused.append(Refusal(name, str(error)))
             raise
         self._clients[name] = _Client(name, loaded, float(weight))
-        for layer in loaded.layers:
-            self._specs.setdefault(layer, (loaded.spec(layer), name))
-        for fact, (value, _) in _common_facts(loaded).items():
-            self._agreed.setdefault(fact, (value, name))
-
-    def _check(self, name: str, adapter: Adapter, weight: Any) -> None:
-        """Everything that can refuse a client, before anything of the round changes."""
-        if name in self._clients:
-            raise IncompatibleAdapterError("this client is already in the round; give each client its own name")
-        if not _is_weight(weight):
-            raise WeightError(f"weight is {weight!r}; give a finite number ≥ 0")
-        adapter.validate_finite()
-        _check_magnitude(adapter)
-        for layer in adapter.layers:
-            spec = adapter.spec(layer)
-            known, first = self._specs.get(layer, (spec, name))
-            if _geometry(spec) != _geometry(known):
-                raise IncompatibleAdapterError(
-                    f"its {_describe(spec)} does not fit the {_describe(known)} of client {first!r}; "
-                    "all clients of a round must adapt the same base model",
-                    layer=layer,
-                )
-        for fact, (value, remedy) in _common_facts(adapter).items():
-            agreed, first = self._agreed.get(fact, (value, name))
-            if value != agreed:
-                raise IncompatibleAdapterError(
-                    f"its {fact} is {value!r}, that of client {first!r} is {agreed!r}; {remedy}"
-                )
+        self._admission.accept(name, loaded)
 
     def finish(self) -> GlobalUpdate:
         """Aggregate what was added.
@@ -296,69 +263,12 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _is_weight(weight: Any) -> bool:
-    """Finite and ≥ 0; NumPy's numbers count, as dataset sizes often are."""
-    if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
-        return False
-    try:
-        return math.isfinite(weight) and float(weight) >= 0
-    except OverflowError:  # an int beyond float
-        return False
-
-
 def _shares(clients: list[_Client]) -> dict[str, float]:
     """Weights over their sum. A power of two is taken out first, which is exact: their sum may overflow."""
     _, exponent = math.frexp(max(client.weight for client in clients))
     weights = {client.name: math.ldexp(client.weight, -exponent) for client in clients}
     total = math.fsum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
-
-
-def _check_magnitude(adapter: Adapter) -> None:
-    """Refuse a client whose ΔW float32 cannot hold, so that no sum of accepted clients can overflow."""
-    for layer in adapter.layers:
-        A, B = adapter.factors(layer)
-        scale = adapter.scale(layer)
-        norms = [float(torch.linalg.vector_norm(X, dtype=torch.float64)) for X in (A, B)]
-        # The product of norms bounds the norm of the product; only where it is large does the latter need computing.
-        norm = abs(scale) * norms[0] * norms[1]
-        if norm >= LARGEST:
-            norm = update_norm(Contribution("", A, B, scale, 1.0))
-        bias = adapter.lora_bias(layer)
-        shift = 0.0 if bias is None else abs(scale) * float(bias.double().abs().max())
-        if not max(norm, shift, *norms) < LARGEST:
-            raise AdapterError(
-                f"‖ΔW‖_F is {norm:.3g} (alpha/r = {scale:.3g}, ‖A‖ = {norms[0]:.3g}, ‖B‖ = {norms[1]:.3g}), beyond "
-                "what float32 factors can hold; leave this client out, or have it train again",
-                layer=layer,
-            )
-
-
-def _geometry(spec: LayerSpec) -> tuple[Any, ...]:
-    return spec.kind, spec.m, spec.n, spec.experts, spec.a_shape_tail
-
-
-def _describe(spec: LayerSpec) -> str:
-    experts = f" × {spec.experts} experts" if spec.experts > 1 else ""
-    return f"{spec.kind} weight of {spec.m} outputs and {spec.n} inputs{experts}"
-
-
-def _common_facts(adapter: Adapter) -> dict[str, tuple[Any, str]]:
-    """What all clients of a round must agree about, as far as this one says anything of it: value and remedy."""
-    config = adapter.config
-    facts: dict[str, tuple[Any, str]] = {
-        key: (config.get(key), remedy)
-        for key, remedy in (
-            ("trainable_token_indices", "averaged token rows must be the same tokens on every client"),
-            ("alora_invocation_tokens", "activated LoRA must be activated by the same tokens on every client"),
-        )
-    }
-    base = PurePath(str(config.get("base_model_name_or_path") or "")).name  # a local copy has another parent folder
-    if base:
-        facts["base_model_name_or_path"] = (base, "all clients of a round must adapt the same base model")
-    for key, tensor in adapter.extras.items():
-        facts[f"shape of tensor {key!r}"] = (tuple(tensor.shape), "tensors that are averaged must have one shape")
-    return facts
 
 
 def _average_extras(clients: list[_Client], shares: dict[str, float]) -> dict[str, Tensor]:

@@ -1,0 +1,123 @@
+"""Who may join a round: each client is checked against itself and against those that came before it."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from pathlib import PurePath
+from typing import Any
+
+import torch
+
+from flexlora_fast.adapter import Adapter
+from flexlora_fast.errors import AdapterError, IncompatibleAdapterError, WeightError
+from flexlora_fast.layouts import LayerSpec
+from flexlora_fast.lowrank.solve import LARGEST
+from flexlora_fast.methods import Contribution
+from flexlora_fast.methods.averaging import update_norm
+
+
+class Admission:
+    """What the clients of a round have settled, and the checks that each next one must pass."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        # What the round has settled, and which client settled it.
+        self._specs: dict[str, tuple[LayerSpec, str]] = {}
+        self._agreed: dict[str, tuple[Any, str]] = {}
+
+    def check(self, name: str, adapter: Adapter, weight: Any) -> None:
+        """Everything that can refuse a client, before anything of the round changes.
+
+        Raises:
+            WeightError: a weight that is no finite number ≥ 0.
+            AdapterError: tensors that are not finite, or a ΔW beyond float32.
+            IncompatibleAdapterError: a name that was already taken, or layers, extras or a config that do not fit
+                those of the round.
+        """
+        if name in self._names:
+            raise IncompatibleAdapterError("this client is already in the round; give each client its own name")
+        if not _is_weight(weight):
+            raise WeightError(f"weight is {weight!r}; give a finite number ≥ 0")
+        adapter.validate_finite()
+        _check_magnitude(adapter)
+        for layer in adapter.layers:
+            spec = adapter.spec(layer)
+            known, first = self._specs.get(layer, (spec, name))
+            if _geometry(spec) != _geometry(known):
+                raise IncompatibleAdapterError(
+                    f"its {_describe(spec)} does not fit the {_describe(known)} of client {first!r}; "
+                    "all clients of a round must adapt the same base model",
+                    layer=layer,
+                )
+        for fact, (value, remedy) in _common_facts(adapter).items():
+            agreed, first = self._agreed.get(fact, (value, name))
+            if value != agreed:
+                raise IncompatibleAdapterError(
+                    f"its {fact} is {value!r}, that of client {first!r} is {agreed!r}; {remedy}"
+                )
+
+    def accept(self, name: str, adapter: Adapter) -> None:
+        """Let a client that passed ``check`` settle what was still open."""
+        self._names.add(name)
+        for layer in adapter.layers:
+            self._specs.setdefault(layer, (adapter.spec(layer), name))
+        for fact, (value, _) in _common_facts(adapter).items():
+            self._agreed.setdefault(fact, (value, name))
+
+
+def _is_weight(weight: Any) -> bool:
+    """Finite and ≥ 0; NumPy's numbers count, as dataset sizes often are."""
+    if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
+        return False
+    try:
+        return math.isfinite(weight) and float(weight) >= 0
+    except OverflowError:  # an int beyond float
+        return False
+
+
+def _check_magnitude(adapter: Adapter) -> None:
+    """Refuse a client whose ΔW float32 cannot hold, so that no sum of accepted clients can overflow."""
+    for layer in adapter.layers:
+        A, B = adapter.factors(layer)
+        scale = adapter.scale(layer)
+        norms = [float(torch.linalg.vector_norm(X, dtype=torch.float64)) for X in (A, B)]
+        # The product of norms bounds the norm of the product; only where it is large does the latter need computing.
+        norm = abs(scale) * norms[0] * norms[1]
+        if norm >= LARGEST:
+            norm = update_norm(Contribution("", A, B, scale, 1.0))
+        bias = adapter.lora_bias(layer)
+        shift = 0.0 if bias is None else abs(scale) * float(bias.double().abs().max())
+        if not max(norm, shift, *norms) < LARGEST:
+            raise AdapterError(
+                f"‖ΔW‖_F is {norm:.3g} (alpha/r = {scale:.3g}, ‖A‖ = {norms[0]:.3g}, ‖B‖ = {norms[1]:.3g}), beyond "
+                "what float32 factors can hold; leave this client out, or have it train again",
+                layer=layer,
+            )
+
+
+def _geometry(spec: LayerSpec) -> tuple[Any, ...]:
+    return spec.kind, spec.m, spec.n, spec.experts, spec.a_shape_tail
+
+
+def _describe(spec: LayerSpec) -> str:
+    experts = f" × {spec.experts} experts" if spec.experts > 1 else ""
+    return f"{spec.kind} weight of {spec.m} outputs and {spec.n} inputs{experts}"
+
+
+def _common_facts(adapter: Adapter) -> dict[str, tuple[Any, str]]:
+    """What all clients of a round must agree about, as far as this one says anything of it: value and remedy."""
+    config = adapter.config
+    facts: dict[str, tuple[Any, str]] = {
+        key: (config.get(key), remedy)
+        for key, remedy in (
+            ("trainable_token_indices", "averaged token rows must be the same tokens on every client"),
+            ("alora_invocation_tokens", "activated LoRA must be activated by the same tokens on every client"),
+        )
+    }
+    base = PurePath(str(config.get("base_model_name_or_path") or "")).name  # a local copy has another parent folder
+    if base:
+        facts["base_model_name_or_path"] = (base, "all clients of a round must adapt the same base model")
+    for key, tensor in adapter.extras.items():
+        facts[f"shape of tensor {key!r}"] = (tuple(tensor.shape), "tensors that are averaged must have one shape")
+    return facts
