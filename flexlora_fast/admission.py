@@ -66,6 +66,17 @@ class Admission:
             self._agreed.setdefault(fact, (value, name))
 
 
+def check_name(name: Any) -> None:
+    """Raise ``AdapterError`` for a client name that is no string: names are sorted, and keys in JSON.
+
+    >>> check_name(3)
+    Traceback (most recent call last):
+    flexlora_fast.errors.AdapterError: its name is 3; give a non-empty string
+    """
+    if not isinstance(name, str) or not name:
+        raise AdapterError(f"its name is {name!r}; give a non-empty string")
+
+
 def _is_weight(weight: Any) -> bool:
     """Finite and ≥ 0; NumPy's numbers count, as dataset sizes often are."""
     if isinstance(weight, bool) or not isinstance(weight, numbers.Real):

@@ -16,7 +16,7 @@ from torch import Tensor
 from flexlora_fast import config as configs
 from flexlora_fast import methods
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.admission import Admission
+from flexlora_fast.admission import Admission, check_name
 from flexlora_fast.errors import (
     BackendError,
     EmptyRoundError,
@@ -169,7 +169,8 @@ class Aggregator:
         Args:
             adapter: an :class:`Adapter`, or the path of a PEFT adapter folder.
             weight: its weight before normalisation, finite and ≥ 0 (usually its number of examples).
-            client: its name; results do not depend on the order of arrival of named clients.
+            client: its name, a non-empty string of its own (default: ``name_for``); results do not depend on the
+                order of arrival of named clients.
 
         Raises:
             AdapterError (UnsupportedAdapterError, IncompatibleAdapterError), WeightError: the client is refused,
@@ -177,11 +178,12 @@ class Aggregator:
         """
         name = self.name_for(adapter) if client is None else client
         try:
+            check_name(name)
             loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, client=name)
             self._admission.check(name, loaded, weight)
         except FlexLoRAError as error:
-            error.at(client=name)
-            self.refused.append(Refusal(name, str(error)))
+            error.at(client=str(name))  # str: a name may be refused for being none
+            self.refused.append(Refusal(str(name), str(error)))
             raise
         self._clients[name] = _Client(name, loaded, float(weight))
         self._admission.accept(name, loaded)

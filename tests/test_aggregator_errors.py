@@ -85,6 +85,19 @@ def test_large_factors_of_a_small_product_are_fine() -> None:
         torch.testing.assert_close(update.delta(layer), plain.delta(layer), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [3, 0, "", b"anna", ("a", 1), ["unhashable"]], ids=repr)
+def test_names_that_are_no_strings(name: Any) -> None:
+    """They would fail in sorting or in JSON, long after the client that brought them."""
+    good, agg = started().finish(), started()
+    with pytest.raises(AdapterError, match=r"its name is .*; give a non-empty string") as caught:
+        agg.add(pair()[0].adapter(), client=name)
+    assert repr(name) in str(caught.value)
+    assert [r.client for r in agg.refused] == [str(name)] == [caught.value.client]
+    assert_identical(good, agg.finish())
+    with pytest.raises(AdapterError, match="non-empty string"):
+        ff.aggregate([pair()[0].adapter()], clients=[name])
+
+
 def test_another_base_model_whoever_names_it_first() -> None:
     """A client that names no base must not open the door to two that name different ones."""
     clients = [
