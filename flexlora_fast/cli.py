@@ -18,12 +18,13 @@ from flexlora_fast import __version__, inputs, methods, outputs, tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import MISSING, Aggregator
 from flexlora_fast.errors import EmptyRoundError, FlexLoRAError, OptionError, RankError, WeightError
+from flexlora_fast.factors import SPLITS
 from flexlora_fast.inputs import Source
 from flexlora_fast.inspection import Inspection
 from flexlora_fast.lowrank.plan import SOLVERS
 from flexlora_fast.progress import track
 from flexlora_fast.report import Report, refusal_table
-from flexlora_fast.update import SPLITS, GlobalUpdate, Refusal
+from flexlora_fast.update import GlobalUpdate, Refusal
 
 DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

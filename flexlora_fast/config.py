@@ -17,7 +17,7 @@ import enum
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -283,6 +283,20 @@ def _in_transformed_layers(config: Config, layer: str) -> bool:
         if found:
             return int(found["idx"]) in ([wanted] if isinstance(wanted, int) else wanted)
     return False
+
+
+def extras_for(config: Config, keys: Iterable[str]) -> list[str]:
+    """The averaged tensors that a model with this config has a place for."""
+    heads = config.get("modules_to_save") or []
+    kept = []
+    for key in keys:
+        path = key.split(".")
+        is_head = any(part in heads for part in path)
+        is_token = "trainable_tokens_delta" in key and config.get("trainable_token_indices")
+        is_bias = path[-1].endswith("bias") and config.get("bias", "none") != "none"
+        if is_head or is_token or is_bias or key.endswith("base_layer.weight"):
+            kept.append(key)
+    return kept
 
 
 def with_ranks(

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from flexlora_fast.errors import OptionError
+from flexlora_fast.factors import Split
 from flexlora_fast.folder import CONFIG_NAME, WEIGHTS_NAME
 from flexlora_fast.inputs import folder_names
 from flexlora_fast.progress import track
 from flexlora_fast.report import Report
-from flexlora_fast.update import GlobalUpdate, Split
+from flexlora_fast.update import GlobalUpdate
 
 UPDATE_NAME = "global_update.safetensors"
 REPORT_NAME = "report.json"

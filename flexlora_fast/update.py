@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,16 +16,14 @@ from flexlora_fast import config as configs
 from flexlora_fast import layouts
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import AdapterError, OptionError, RankError
+from flexlora_fast.factors import SPLITS, Split, check_representable, copy_as, descale, pad, split_triplets
 from flexlora_fast.layouts import LayerSpec
-from flexlora_fast.lowrank.factorization import Factorization, complete
+from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.random import stream
 from flexlora_fast.precision import full_precision
 
 if TYPE_CHECKING:
     from flexlora_fast.report import Report
-
-Split = Literal["B", "balanced", "A"]
-SPLITS = ("B", "balanced", "A")
 
 
 @dataclass(frozen=True)
@@ -158,38 +156,9 @@ class LayerUpdate:
         self.check_rank(rank)
         if self.averaged:
             B, A = self.averaged
-            return _pad(A[:, :rank], B[:, :, :rank], rank, split, stream(seed, self.name))
-        f = self.factorization
-        root = f.S[:, :rank].sqrt().float()  # the root of a float64: S itself may be below float32
-        S = f.S[:, :rank].float()
-        if split == "B":
-            B, A = f.U[:, :, :rank] * S.unsqueeze(1), f.V[:, :, :rank].mT
-        elif split == "A":
-            B, A = f.U[:, :, :rank], f.V[:, :, :rank].mT * S.unsqueeze(2)
-        else:
-            B = f.U[:, :, :rank] * root.unsqueeze(1)
-            # A zero singular value would leave both factors zero, and such a column never learns.
-            A = f.V[:, :, :rank].mT * torch.where(root > 0, root, torch.ones_like(root)).unsqueeze(2)
-        return _pad(A, B, rank, split, stream(seed, self.name))
-
-
-def _pad(A: Tensor, B: Tensor, rank: int, split: Split, key: int) -> tuple[Tensor, Tensor]:
-    """Extend A (E, r, n) and B (E, m, r) to ``rank`` without changing B·A."""
-    missing = rank - A.shape[1]
-    if missing <= 0:
-        return A, B
-    if split == "A":
-        fresh = torch.stack([_fresh(b, rank, key) for b in B])
-        return torch.cat([A, A.new_zeros(A.shape[0], missing, A.shape[2])], dim=1), torch.cat([B, fresh], dim=2)
-    fresh = torch.stack([_fresh(a.T, rank, key) for a in A]).mT
-    return torch.cat([A, fresh], dim=1), torch.cat([B, B.new_zeros(*B.shape[:2], missing)], dim=2)
-
-
-def _fresh(X: Tensor, count: int, key: int) -> Tensor:
-    """Unit columns, orthogonal to the span of X (m, r) while there is room, up to ``count`` in all."""
-    # Through QR, since X need not have orthonormal columns; only the fresh part is used.
-    basis = torch.linalg.qr(X.double())[0].to(X.dtype)[:, : X.shape[1]]
-    return complete(basis, basis.shape[1] + count - X.shape[1], key)[:, basis.shape[1] :]
+            return pad(A[:, :rank], B[:, :, :rank], rank, split, stream(seed, self.name))
+        A, B = split_triplets(self.factorization, rank, split)
+        return pad(A, B, rank, split, stream(seed, self.name))
 
 
 @dataclass(frozen=True)
@@ -294,7 +263,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             config = configs.normalize(config)
             configs.refuse_unsupported(config)
             ranks = self._targeted(config)
-            return self._build(config, ranks, _extras_for(config, list(self.extras)), split, dtype, None)
+            return self._build(config, ranks, configs.extras_for(config, self.extras), split, dtype, None)
         if rank is None:
             rank = max(update.rank for update in self.values())
             ranks = {name: rank if update.complete else min(rank, update.rank) for name, update in self.items()}
@@ -344,14 +313,14 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             if scale == 0:
                 raise OptionError("alpha is 0 here, so no adapter can hold the update; give another alpha", layer=layer)
             A, B = update.factors(rank, split, self.seed)
-            A, B = _descale(A, B, scale, split, sliced=update.averaged is not None)
+            A, B = descale(A, B, scale, split, sliced=update.averaged is not None)
             # Copies: an adapter is trained in place, and neither this update nor another adapter may see it.
-            factors[layer] = (_copy(A, dtype), _copy(B, dtype))
+            factors[layer] = (copy_as(A, dtype), copy_as(B, dtype))
             scales[layer] = scale
             named = dict(zip("AB", factors[layer], strict=True))
             if update.bias is not None and config.get("lora_bias"):
                 biases[layer] = named["lora_B.bias"] = (update.bias / scale).to(dtype)
-            _check_representable(named, layer)
+            check_representable(named, layer)
         return Adapter.from_factors(
             factors,
             {layer: self[layer].spec for layer in ranks},
@@ -384,35 +353,3 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
     def solvers(self) -> Counter[str]:
         """How many layers each solver took."""
         return Counter(update.solver for update in self.values())
-
-
-def _descale(A: Tensor, B: Tensor, scale: float, split: Split, *, sliced: bool) -> tuple[Tensor, Tensor]:
-    """Take the scale out of the factors, from the side (or sides) that the split puts the magnitude on."""
-    if sliced or split == "balanced":
-        root = abs(scale) ** 0.5
-        return A / root, B / (root if scale > 0 else -root)
-    return (A / scale, B) if split == "A" else (A, B / scale)
-
-
-def _copy(X: Tensor, dtype: torch.dtype) -> Tensor:
-    return X.to(dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _check_representable(tensors: Mapping[str, Tensor], layer: str) -> None:
-    for name, X in tensors.items():
-        if not bool(torch.isfinite(X).all()):
-            raise AdapterError(f"{name} overflows {X.dtype}; ask for dtype=torch.float32", layer=layer)
-
-
-def _extras_for(config: dict[str, Any], keys: list[str]) -> list[str]:
-    """The averaged tensors that a model with this config has a place for."""
-    heads = config.get("modules_to_save") or []
-    kept = []
-    for key in keys:
-        path = key.split(".")
-        is_head = any(part in heads for part in path)
-        is_token = "trainable_tokens_delta" in key and config.get("trainable_token_indices")
-        is_bias = path[-1].endswith("bias") and config.get("bias", "none") != "none"
-        if is_head or is_token or is_bias or key.endswith("base_layer.weight"):
-            kept.append(key)
-    return kept
