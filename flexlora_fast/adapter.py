@@ -15,7 +15,8 @@ from flexlora_fast import config as configs
 from flexlora_fast import folder, layouts, variants
 from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError
-from flexlora_fast.layouts import LayerFacts, LayerSpec
+from flexlora_fast.facts import LayerFacts
+from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.precision import full_precision
 
 

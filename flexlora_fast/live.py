@@ -19,7 +19,7 @@ from flexlora_fast import config as configs
 from flexlora_fast import layouts
 from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError, IncompatibleAdapterError, UnsupportedAdapterError
-from flexlora_fast.layouts import LayerFacts
+from flexlora_fast.facts import LayerFacts, unwrapped
 
 if TYPE_CHECKING:
     from flexlora_fast.adapter import Adapter
@@ -143,12 +143,12 @@ def _facts(layer: str, module: Any, layers: Mapping[str, Any], client: str | Non
         )
     owner = layer.removesuffix(".base_layer.out_proj")
     if owner != layer and isinstance(layers.get(owner), MultiheadAttention):
-        return LayerFacts(layouts.unwrapped(owner), 1, bool(module.fan_in_fan_out))
+        return LayerFacts(unwrapped(owner), 1, bool(module.fan_in_fan_out))
     if isinstance(module, ParamWrapper):
         experts = module.num_experts
         transposed = experts > 1 and bool(getattr(base, "is_transposed", False))
-        return LayerFacts(f"{layouts.unwrapped(layer)}.{module.parameter_name}", experts, transposed)
-    return LayerFacts(layouts.unwrapped(layer), 1, bool(getattr(module, "fan_in_fan_out", False)))
+        return LayerFacts(f"{unwrapped(layer)}.{module.parameter_name}", experts, transposed)
+    return LayerFacts(unwrapped(layer), 1, bool(getattr(module, "fan_in_fan_out", False)))
 
 
 def _parameters(module: Any, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
