@@ -32,7 +32,7 @@ from rich.table import Table
 import flexlora_fast as ff
 from examples import demo_data, demo_train
 from examples.demo_data import LABELS, Question
-from examples.demo_server import Federation, Round, contract_error, energy_kept
+from examples.demo_server import Federation, Round, contract_error
 from examples.demo_train import Setup
 
 RANKS = (2, 2, 4, 4, 8, 8, 16, 32)
@@ -131,7 +131,7 @@ def play_round(
                 number,
                 losses[key],
                 {rank: score for (*owner, rank), score in scores.items() if tuple(owner) == key},
-                [energy_kept(federation.update, rank) for rank in range(1, kept + 1)],
+                [federation.update.energy_kept(rank) for rank in range(1, kept + 1)],
                 seconds[key],
             )
         )

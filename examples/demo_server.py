@@ -97,13 +97,6 @@ def cut(adapter: ff.Adapter, rank: int) -> ff.Adapter:
     return ff.Adapter.from_factors(factors, specs, scales, adapter.config, extras=adapter.extras)
 
 
-def energy_kept(update: ff.GlobalUpdate, rank: int) -> float:
-    """The share of Σ_layers ‖ΔW‖_F² that adapters of this rank hold."""
-    total = sum(layer.energy for layer in update.values())
-    lost = sum(layer.error(rank) ** 2 for layer in update.values())
-    return 1.0 - lost / total if total else 1.0
-
-
 def contract_error(federation: Federation, number: int, client: str) -> float:
     """The largest relative error, over the layers, of what a client was handed against the definition.
 

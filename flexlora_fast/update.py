@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -349,6 +350,25 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
         from flexlora_fast.report import Report
 
         return Report(self)
+
+    @property
+    def norm(self) -> float:
+        """√(Σ‖ΔW‖_F²) over all layers."""
+        return self._energy**0.5
+
+    @property
+    def _energy(self) -> float:
+        return math.fsum(update.energy for update in self.values())
+
+    def energy_kept(self, rank: int) -> float:
+        """The share of Σ‖ΔW‖_F² over all layers that ``adapter(rank=rank)`` holds, at most 1 (1 where all are zero).
+
+        Methods that hand out slices of averaged factors can have less than 0: what is cut off then cancelled.
+        Raises ``RankError``, as ``LayerUpdate.error`` and ``adapter`` do, for a rank beyond what one of the layers
+        keeps, unless nothing was cut off there: what such a layer would hold is not known.
+        """
+        lost = math.fsum(update.error(rank) ** 2 for update in self.values())
+        return 1.0 - lost / self._energy if self._energy else 1.0
 
     def solvers(self) -> Counter[str]:
         """How many layers each solver took."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import flexlora_fast as ff
 from flexlora_fast.errors import AdapterError, OptionError, RankError
+from flexlora_fast.report import Report
 from tests import oracle, rounds
 from tests.checks import assert_identical
 from tests.rounds import PREFIX, Client, Layer
@@ -122,6 +123,37 @@ def test_a_kept_rank_bounds_what_can_be_asked_for() -> None:
     for rank in (-1, 1.0, True):
         with pytest.raises(RankError):
             whole["up"].error(rank)
+
+
+@pytest.mark.parametrize("method", ["flexlora", "fedit"])
+def test_energy_of_the_whole_model(method: str) -> None:
+    """Against the dense updates: 1 − Σ‖ΔW − ΔW_r‖²/Σ‖ΔW‖², which is no mean of the layers' shares."""
+    u = update(rank=8, method=method)
+    whole = {layer: u.delta(layer).double() for layer in u.layers}
+    total = sum(float(delta.square().sum()) for delta in whole.values())
+    assert u.norm == pytest.approx(total**0.5, rel=1e-6)
+    for rank in (0, 1, 3, 8, 100):
+        cut = {layer: u.delta(layer, rank).double() if rank else 0 * whole[layer] for layer in u.layers}
+        lost = sum(float((whole[layer] - cut[layer]).square().sum()) for layer in u.layers)
+        assert u.energy_kept(rank) == pytest.approx(1 - lost / total, abs=1e-6)
+    shares = Report(u, ranks=[1, 3]).total["energy_kept"]
+    assert shares == pytest.approx({rank: u.energy_kept(rank) for rank in (1, 3)})
+
+
+def test_energy_of_the_whole_model_where_layers_keep_different_ranks() -> None:
+    """The rank of one layer must be kept in all, unless that is all of ΔW there."""
+    one = rounds.client("a", LAYERS, rank=2, rank_pattern={"up": 5})
+    two = rounds.client("b", LAYERS, rank=2, rank_pattern={"up": 3})
+    cut = ff.aggregate([one.adapter(), two.adapter()])  # 5 of the 8 in up, 2 of the 4 in down
+    assert cut.energy_kept(2) < 1
+    with pytest.raises(RankError, match="layer 'down': rank 3 is more than the 2 triplets"):
+        cut.energy_kept(3)
+    for rank in (-1, 1.0, True):
+        with pytest.raises(RankError):
+            cut.energy_kept(rank)
+    whole = ff.aggregate([one.adapter()])  # 5 in up, 2 in down, and nothing more
+    assert whole.energy_kept(2) < 1 and whole.energy_kept(5) == pytest.approx(1, abs=1e-6)
+    assert ff.aggregate([one.mapped(lambda _, A, B: (A, B * 0)).adapter()]).energy_kept(1) == 1
 
 
 def test_lora_bias_that_overflows_is_named() -> None:
