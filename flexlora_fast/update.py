@@ -236,7 +236,10 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
         """The best adapter of a given rank: s'·B'·A' is ΔW truncated to it, layer by layer.
 
         Exactly one of these says which:
-            rank: one rank for all layers, with ``alpha`` (default: the first client's) and the clients' rsLoRA flag.
+            rank: one rank for all layers. The rest of the config is that of the client whose name sorts first (of
+                positive weight), without its patterns: its rsLoRA flag and, unless ``alpha`` is given, its
+                ``lora_alpha`` as it stands, whatever rank it went with there. The scale becomes alpha/rank
+                (alpha/√rank with rsLoRA), which may be no client's; the factors make up for it, and ΔW is the same.
             config: a ``peft.LoraConfig`` or its dict; its targets, ranks, alphas and patterns are honoured.
             client: a name of this round; its own layers, ranks, scale and dtype.
         With none of them: the largest rank kept, in each layer as far as it was kept there.
