@@ -25,8 +25,8 @@ class Core:
     C: Tensor
     P: Tensor  # (b, m, R) float64
     Q: Tensor  # (b, R, n) float64
-    p: Tensor  # (b, R) norms of P's columns, 1 where zero
-    q: Tensor  # (b, R) norms of Q's rows, 1 where zero
+    p: Tensor  # (b, R) norms of P's columns
+    q: Tensor  # (b, R) norms of Q's rows
     L1: Tensor  # (b, R, R) lower triangular
     L2: Tensor
 
@@ -37,8 +37,8 @@ class Core:
 
     def expand(self, Uc: Tensor, Vc: Tensor) -> tuple[Tensor, Tensor]:
         """Core vectors (b, R, k) back to the layer: U (b, m, k), V (b, n, k), float64."""
-        Tu = torch.linalg.solve_triangular(self.L1.mT, Uc, upper=True) / self.p.unsqueeze(2)
-        Tv = torch.linalg.solve_triangular(self.L2.mT, Vc, upper=True) / self.q.unsqueeze(2)
+        Tu = torch.linalg.solve_triangular(self.L1.mT, Uc, upper=True) / _nonzero(self.p).unsqueeze(2)
+        Tv = torch.linalg.solve_triangular(self.L2.mT, Vc, upper=True) / _nonzero(self.q).unsqueeze(2)
         return self.P @ Tu, self.Q.mT @ Tv
 
 
@@ -57,10 +57,14 @@ def core_of(stack: Stack) -> Core:
 
 
 def _unit_diagonal(G: Tensor) -> tuple[Tensor, Tensor]:
-    """G (b, R, R) scaled to a unit diagonal, and the norms (b, R) taken out; where G has a zero row the norm is 1."""
+    """G (b, R, R) scaled to a unit diagonal (rows of zeros stay), and the norms (b, R) that were taken out."""
     norms = G.diagonal(dim1=-2, dim2=-1).sqrt()
-    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-    return G / (norms.unsqueeze(1) * norms.unsqueeze(2)), norms
+    divisor = _nonzero(norms)
+    return G / (divisor.unsqueeze(1) * divisor.unsqueeze(2)), norms
+
+
+def _nonzero(norms: Tensor) -> Tensor:
+    return torch.where(norms > 0, norms, torch.ones_like(norms))
 
 
 def _cholesky(G: Tensor) -> Tensor:
