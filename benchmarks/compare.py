@@ -39,6 +39,8 @@ ROUNDS = [
 ]
 # PROPACK needs minutes where hundreds of triplets of a wide stack are wanted.
 _SLOW = {("PROPACK on the factors", 200)}
+# Seconds; OpenMP's default is to spin for 0.2.
+_SETTLE = 0.4
 
 
 def ours(clients: Clients, k: int) -> tuple[Tensor, Tensor]:
@@ -48,10 +50,15 @@ def ours(clients: Clients, k: int) -> tuple[Tensor, Tensor]:
 
 
 def time_alternating(methods: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each method, all run once per repeat, in turn, after one warm-up each."""
+    """Median seconds of each method, all run once per repeat, in turn, after one warm-up each.
+
+    Before each, the thread pools of the one before come to rest: workers of OpenBLAS and OpenMP spin on for a while,
+    which tripled the time of whatever followed PROPACK.
+    """
     times: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(repeats + 1):
         for name, call in methods.items():
+            time.sleep(_SETTLE)
             start = time.perf_counter()
             call()
             if turn:
