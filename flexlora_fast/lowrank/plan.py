@@ -1,7 +1,7 @@
 """Which solver for which layer: predicted seconds from a cost model whose constants were measured, not guessed.
 
 The constants lie in ``constants.json`` beside this file; ``make calibrate`` (``flexlora_fast.lowrank.calibrate``)
-measures them anew. ``benchmarks/bench_planner.py`` compares each choice with the fastest solver of all.
+measures them anew. ``benchmarks/planner.py`` compares each choice with the fastest solver of all.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Shape:
 
     @property
     def steps(self) -> float:
-        """Block steps expected: each gains a factor of about 8 (benchmarks/bench_planner.py prints the real ones)."""
+        """Block steps expected: each gains a factor of about 8 (``iterations`` of a result says how many it took)."""
         return 2 + math.log(max(1 / max(self.tol, FLOAT32_TOL), 2)) / math.log(8)
 
     def basis(self, side: int) -> float:
