@@ -30,18 +30,14 @@ def from_triplets(t: Triplets, energy: Tensor, solver: str, key: int) -> Factori
 
 def solve_dense(stack: Stack, k: int, key: int, tol: float) -> Factorization:
     """Accumulate ΔW in float32 (2·m·n·R flops), then block Krylov on it: the route for R beyond mn/(m+n)."""
-    D = cpu.materialize(stack)
+    return solve_matrix(cpu.materialize(stack), k, key, tol)
+
+
+def solve_matrix(D: Tensor, k: int, key: int, tol: float) -> Factorization:
+    """Block Krylov on the dense D (b, m, n) float32 itself, however it was accumulated."""
+    b, m, n = D.shape
     energy = dense_energy(D)
-    op = Operator(
-        stack.m,
-        stack.n,
-        stack.batch,
-        lambda X: D @ X,
-        lambda Y: D.mT @ Y,
-        energy,
-        torch.float32,
-        stack.device,
-    )
+    op = Operator(m, n, b, lambda X: D @ X, lambda Y: D.mT @ Y, energy, torch.float32, D.device)
     return from_triplets(block_krylov(op, k, tol, key), energy, "dense", key)
 
 
