@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexlora_fast import config as configs
-from flexlora_fast import folder, layouts, variants
+from flexlora_fast import folder, layouts, values, variants
 from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.facts import LayerFacts
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.precision import full_precision
+from flexlora_fast.skeleton import Skeleton
+from flexlora_fast.tensorfile import TensorFile
 
 
 class Adapter:
@@ -48,13 +50,13 @@ class Adapter:
         initial: bool = False,
     ) -> None:
         self.client = client
-        self._config = configs.normalize(config, client)
-        configs.refuse_unsupported(self._config, client, initial=initial)
-        self._tensors = _canonical(tensors, client)
-        specs, self._bias_keys, self._extra_keys = layouts.parse(self._tensors, self._config, client, facts)
-        self._specs = specs
-        self._ranks = {layer: configs.rank_for(self._config, spec.pattern_name) for layer, spec in specs.items()}
-        self._scales = {layer: configs.scale_for(self._config, spec.pattern_name) for layer, spec in specs.items()}
+        self._tensors: Mapping[str, Tensor]
+        if isinstance(tensors, TensorFile) and facts is None:
+            self.skeleton = Skeleton.of_file(tensors, config, client, initial)
+            self._tensors = tensors.renamed(self.skeleton.names)
+        else:
+            self.skeleton = Skeleton.of(tensors, config, client, facts, initial)
+            self._tensors = {key: tensors[name].detach() for key, name in self.skeleton.names.items()}
 
     # -- ways in ---
 
@@ -68,11 +70,13 @@ class Adapter:
     ) -> Adapter:
         """The adapter in a folder that PEFT's ``save_pretrained`` wrote (safetensors).
 
-        The tensors are mapped from the file and read when they are used. ``initial``: for PiSSA, OLoRA, CorDA
-        and LoRA-GA, the same adapter as it was before training, see ``from_state_dict``.
+        Only the header is read now; the tensors are read from the file whenever they are used, so it must stay
+        as it is until then (``in_memory`` reads them all). ``initial``: for PiSSA, OLoRA, CorDA and LoRA-GA,
+        the same adapter as it was before training, see ``from_state_dict``.
 
         Raises ``AdapterError`` for a missing or unreadable file (``.bin`` files are never opened: they are
-        pickles, which can run code), and what ``from_state_dict`` raises.
+        pickles, which can run code), and what ``from_state_dict`` raises. So does every later use of the tensors
+        of a file that has changed.
         """
         tensors, config = folder.read(path, client)
         return cls.from_state_dict(tensors, config, client, initial=initial)
@@ -153,45 +157,75 @@ class Adapter:
     @property
     def layers(self) -> list[str]:
         """The names of the adapted layers, sorted."""
-        return list(self._specs)
+        return list(self.skeleton.specs)
 
     @property
     def config(self) -> Config:
         """A copy of the config, JSON-able, as in ``adapter_config.json``."""
-        return copy.deepcopy(self._config)
+        return copy.deepcopy(self.skeleton.config)
 
     @property
-    def extras(self) -> dict[str, Tensor]:
+    def extras(self) -> Mapping[str, Tensor]:
         """What is not a low-rank pair (biases, ``modules_to_save``, trainable tokens), by state-dict key."""
-        return {key: self._tensors[key] for key in self._extra_keys}
+        return _Part(self)
 
     def spec(self, layer: str) -> LayerSpec:
         """Shapes, kind and names of a layer."""
         self._check_layer(layer)
-        return self._specs[layer]
+        return self.skeleton.specs[layer]
 
     def rank(self, layer: str) -> int:
         """The rank r of a layer (of each expert's factors in MoE layers)."""
         self._check_layer(layer)
-        return self._ranks[layer]
+        return self.skeleton.ranks[layer]
 
     def scale(self, layer: str) -> float:
         """The scale s of a layer."""
         self._check_layer(layer)
-        return self._scales[layer]
+        return self.skeleton.scales[layer]
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """A (E, r, n) and B (E, m, r), E = 1 but for MoE, in their stored dtype; views of the stored
-        tensors.
+        """A (E, r, n) and B (E, m, r), E = 1 but for MoE, in their stored dtype; views of the tensors in memory, or
+        fresh ones from the file.
         """
         spec = self.spec(layer)
-        return layouts.to_factors(spec, self._tensors[spec.a_key], self._tensors[spec.b_key])
+        tensors = self._read((spec.a_key, spec.b_key), layer)
+        return layouts.to_factors(spec, tensors[spec.a_key], tensors[spec.b_key])
 
     def lora_bias(self, layer: str) -> Tensor | None:
         """The bias (m,) of B where the config has ``lora_bias``; its effect on the output is scale·bias."""
         self._check_layer(layer)
-        key = self._bias_keys.get(layer)
-        return None if key is None else self._tensors[key]
+        key = self.skeleton.bias_keys.get(layer)
+        return None if key is None else self._read((key,), layer)[key]
+
+    def factors_and_bias(self, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and the bias of B, as ``factors`` and ``lora_bias`` give them, in one read."""
+        spec = self.spec(layer)
+        tensors = self._read(self.skeleton.keys_of(layer), layer)
+        A, B = layouts.to_factors(spec, tensors[spec.a_key], tensors[spec.b_key])
+        return A, B, tensors.get(self.skeleton.bias_keys.get(layer, ""))
+
+    def flat_extra(self, key: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` … ``stop`` of one of the ``extras``, flattened."""
+        if not isinstance(self._tensors, TensorFile):
+            return self._tensors[key].reshape(-1)[start:stop]
+        try:
+            return self._tensors.read_flat(key, start, stop)
+        except AdapterError as error:
+            raise error.at(client=self.client) from None
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether tensors are read from a file at each use."""
+        return isinstance(self._tensors, TensorFile)
+
+    def in_memory(self) -> Adapter:
+        """The same adapter with all its tensors in memory, read in one go; itself if they are there."""
+        if not self.on_disk:
+            return self
+        other = copy.copy(self)
+        other._tensors = self._read(self.skeleton.names, None)
+        return other
 
     @full_precision()
     def delta(self, layer: str, layout: str = "matrix") -> Tensor:
@@ -208,31 +242,36 @@ class Adapter:
         spec = self.spec(layer)
         a, b = self.factors(layer)
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
-        update = torch.bmm(b.to(dtype), a.to(dtype)).mul_(self._scales[layer])
+        update = torch.bmm(b.to(dtype), a.to(dtype)).mul_(self.scale(layer))
         if layout == "weight":
             return layouts.to_weight_layout(spec, update)
         return update if spec.kind == "moe" else update[0]
 
     def validate_finite(self) -> None:
         """Raise ``AdapterError`` naming the first tensor with a NaN or an infinity, and how many it has."""
-        for layer, spec in self._specs.items():
-            for key in (spec.a_key, spec.b_key, self._bias_keys.get(layer)):
-                self._check_finite(key, layer)
-        for key in self._extra_keys:
-            self._check_finite(key, None)
+        for layer in self.layers:
+            keys = self.skeleton.keys_of(layer)
+            for key, tensor in self._read(keys, layer).items():
+                values.check_finite(tensor, key, client=self.client, layer=layer)
+        for key, tensor in self.extras.items():
+            values.check_finite(tensor, key, client=self.client)
 
     # -- ways out ---
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by PEFT's checkpoint keys, ready for ``peft.set_peft_model_state_dict``; not copied."""
-        return dict(self._tensors)
+        """The tensors by PEFT's checkpoint keys, ready for ``peft.set_peft_model_state_dict``; not copied, or fresh
+        from the file.
+        """
+        return self._read(self.skeleton.names, None)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder that ``peft.PeftModel.from_pretrained`` and ``Adapter.load`` read.
 
         Each of the two files appears complete or not at all, so it is safe to save over the folder read from.
         """
-        folder.write(path, self._tensors, self._config)
+        folder.write(path, self.state_dict(), self.skeleton.config)
+        if isinstance(self._tensors, TensorFile) and folder.holds(path, self._tensors.path):
+            self._tensors = TensorFile(self._tensors.path)  # the same tensors in a new file
 
     def load_into(self, model: Any, adapter_name: str = "default") -> bool:
         """Put this adapter into a live PEFT model (needs ``peft``).
@@ -255,68 +294,59 @@ class Adapter:
         return live.load(self, model, adapter_name)
 
     def __repr__(self) -> str:
-        ranks = sorted(set(self._ranks.values()))
+        ranks = sorted(set(self.skeleton.ranks.values()))
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
         who = f"client={self.client!r}, " if self.client is not None else ""
-        return f"Adapter({who}{len(self._specs)} layers, rank {shown}, {len(self._extra_keys)} extras)"
+        return f"Adapter({who}{len(self.layers)} layers, rank {shown}, {len(self.extras)} extras)"
 
     # -- checks ---
 
     def _check_layer(self, layer: str) -> None:
-        if layer not in self._specs:
-            near = difflib.get_close_matches(layer, self._specs, n=3) or self.layers[:3]
+        if layer not in self.skeleton.specs:
+            near = difflib.get_close_matches(layer, self.layers, n=3) or self.layers[:3]
             raise AdapterError(
-                f"this adapter has no such layer; it has {len(self._specs)}, such as {near}",
+                f"this adapter has no such layer; it has {len(self.layers)}, such as {near}",
                 client=self.client,
                 layer=layer,
             )
 
-    def _check_finite(self, key: str | None, layer: str | None) -> None:
-        if key is None or not self._tensors[key].is_floating_point():
-            return
-        tensor = self._tensors[key]
-        # one pass, no mask: only a sum that is not finite needs the slower look
-        if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
-            return
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise AdapterError(
-                f"{key!r} holds {bad} NaN or infinite values of {tensor.numel()}; leave this client out, or "
-                "have it train again with a lower learning rate",
-                client=self.client,
-                layer=layer,
-            )
+    def _read(self, keys: Iterable[str], layer: str | None) -> dict[str, Tensor]:
+        if not isinstance(self._tensors, TensorFile):
+            return {key: self._tensors[key] for key in keys}
+        try:
+            return self._tensors.read(keys)
+        except AdapterError as error:
+            raise error.at(client=self.client, layer=layer) from None
 
 
-def _canonical(tensors: Mapping[str, Tensor], client: str | None) -> dict[str, Tensor]:
-    """Detached, in key order, every key with PEFT's ``base_model.model.`` in front."""
-    if not isinstance(tensors, Mapping) or not all(isinstance(key, str) for key in tensors):
-        raise AdapterError("the state dict must map names to tensors", client=client)
-    result: dict[str, Tensor] = {}
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        if not isinstance(tensor, Tensor):
-            raise AdapterError(
-                f"{key!r} is a {type(tensor).__name__}, not a tensor; remove it from the state dict",
-                client=client,
-            )
-        full = key if key.startswith(layouts.PREFIX) else layouts.PREFIX + key
-        if full in result:
-            raise AdapterError(f"the state dict has {key!r} with and without its prefix", client=client)
-        result[full] = tensor.detach()
-    return {key: tensor for key, tensor in result.items() if not layouts.training_only(key)}
+class _Part(Mapping[str, Tensor]):
+    """The extras of an adapter, each read when it is asked for."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._adapter.skeleton.extra_keys:
+            raise KeyError(key)
+        return self._adapter._read((key,), None)[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapter.skeleton.extra_keys)
+
+    def __len__(self) -> int:
+        return len(self._adapter.skeleton.extra_keys)
 
 
 def _subtract_initial(trained: Adapter, initial: Adapter) -> Adapter:
     """s(BA − B0A0) as plain LoRA of rank 2r: [B, −B0] and [A; A0]."""
-    if variants.mutating_init(trained._config) is None:
+    if variants.mutating_init(trained.skeleton.config) is None:
         raise AdapterError(
-            f"initial factors are given, but init_lora_weights={trained._config['init_lora_weights']!r} "
+            f"initial factors are given, but init_lora_weights={trained.skeleton.config['init_lora_weights']!r} "
             "does not change the base weight, so that nothing is to be subtracted; load it without initial=",
             client=trained.client,
         )
-    if trained.layers != initial.layers or trained._bias_keys:
-        odd = sorted(set(trained.layers) ^ set(initial.layers)) or sorted(trained._bias_keys)
+    if trained.layers != initial.layers or trained.skeleton.bias_keys:
+        odd = sorted(set(trained.layers) ^ set(initial.layers)) or sorted(trained.skeleton.bias_keys)
         raise AdapterError(
             f"the initial adapter does not match: {odd[:3]} (lora_bias, or layers only one of them has); "
             "save it from the same model right before training",
@@ -338,5 +368,5 @@ def _subtract_initial(trained: Adapter, initial: Adapter) -> Adapter:
         factors[layer] = (torch.cat([a, a0], dim=1), torch.cat([b, -b0], dim=2))
     config = trained.config | {"init_lora_weights": True, "corda_config": None, "lora_ga_config": None}
     return Adapter.from_factors(
-        factors, trained._specs, trained._scales, config, client=trained.client, extras=trained.extras
+        factors, trained.skeleton.specs, trained.skeleton.scales, config, client=trained.client, extras=trained.extras
     )

@@ -7,14 +7,10 @@ import numbers
 from pathlib import PurePath
 from typing import Any
 
-import torch
-
+from flexlora_fast import values
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import AdapterError, IncompatibleAdapterError, WeightError
 from flexlora_fast.layouts import LayerSpec
-from flexlora_fast.lowrank.solve import LARGEST
-from flexlora_fast.methods import Contribution
-from flexlora_fast.methods.averaging import update_norm
 
 
 class Admission:
@@ -26,8 +22,11 @@ class Admission:
         self._specs: dict[str, tuple[LayerSpec, str]] = {}
         self._agreed: dict[str, tuple[Any, str]] = {}
 
-    def check(self, name: str, adapter: Adapter, weight: Any) -> None:
+    def check(self, name: str, adapter: Adapter, weight: Any, *, look: bool = True) -> None:
         """Everything that can refuse a client, before anything of the round changes.
+
+        Args:
+            look: at the values too (``check_values``), which reads every tensor.
 
         Raises:
             WeightError: a weight that is no finite number ≥ 0.
@@ -39,10 +38,9 @@ class Admission:
             raise IncompatibleAdapterError("this client is already in the round; give each client its own name")
         if not _is_weight(weight):
             raise WeightError(f"weight is {weight!r}; give a finite number ≥ 0")
-        adapter.validate_finite()
-        _check_magnitude(adapter)
-        for layer in adapter.layers:
-            spec = adapter.spec(layer)
+        if look:
+            check_values(name, adapter)
+        for layer, spec in adapter.skeleton.specs.items():
             known, first = self._specs.get(layer, (spec, name))
             if _geometry(spec) != _geometry(known):
                 raise IncompatibleAdapterError(
@@ -60,10 +58,20 @@ class Admission:
     def accept(self, name: str, adapter: Adapter) -> None:
         """Let a client that passed ``check`` settle what was still open."""
         self._names.add(name)
-        for layer in adapter.layers:
-            self._specs.setdefault(layer, (adapter.spec(layer), name))
+        for layer, spec in adapter.skeleton.specs.items():
+            self._specs.setdefault(layer, (spec, name))
         for fact, (value, _) in _common_facts(adapter).items():
             self._agreed.setdefault(fact, (value, name))
+
+
+def check_values(name: str, adapter: Adapter) -> None:
+    """Read every tensor of a client once, layer by layer, and raise ``AdapterError`` for values no sum may take up."""
+    for layer in adapter.layers:
+        A, B, bias = adapter.factors_and_bias(layer)
+        keys = adapter.skeleton.keys_of(layer)
+        values.check_layer(A, B, bias, adapter.scale(layer), keys=keys, client=name, layer=layer)
+    for key, tensor in adapter.extras.items():
+        values.check_finite(tensor, key, client=name)
 
 
 def check_name(name: Any) -> None:
@@ -87,26 +95,6 @@ def _is_weight(weight: Any) -> bool:
         return False
 
 
-def _check_magnitude(adapter: Adapter) -> None:
-    """Refuse a client whose ΔW float32 cannot hold, so that no sum of accepted clients can overflow."""
-    for layer in adapter.layers:
-        A, B = adapter.factors(layer)
-        scale = adapter.scale(layer)
-        norms = [float(torch.linalg.vector_norm(X, dtype=torch.float64)) for X in (A, B)]
-        # The product of norms bounds the norm of the product; only where it is large does the latter need computing.
-        norm = abs(scale) * norms[0] * norms[1]
-        if norm >= LARGEST:
-            norm = update_norm(Contribution("", A, B, scale, 1.0))
-        bias = adapter.lora_bias(layer)
-        shift = 0.0 if bias is None else abs(scale) * float(bias.double().abs().max())
-        if not max(norm, shift, *norms) < LARGEST:
-            raise AdapterError(
-                f"‖ΔW‖_F is {norm:.3g} (alpha/r = {scale:.3g}, ‖A‖ = {norms[0]:.3g}, ‖B‖ = {norms[1]:.3g}), beyond "
-                "what float32 factors can hold; leave this client out, or have it train again",
-                layer=layer,
-            )
-
-
 def _geometry(spec: LayerSpec) -> tuple[Any, ...]:
     return spec.kind, spec.m, spec.n, spec.experts, spec.a_shape_tail
 
@@ -118,7 +106,7 @@ def _describe(spec: LayerSpec) -> str:
 
 def _common_facts(adapter: Adapter) -> dict[str, tuple[Any, str]]:
     """What all clients of a round must agree about, as far as this one says anything of it: value and remedy."""
-    config = adapter.config
+    config = adapter.skeleton.config
     facts: dict[str, tuple[Any, str]] = {
         key: (config.get(key), remedy)
         for key, remedy in (
@@ -129,6 +117,7 @@ def _common_facts(adapter: Adapter) -> dict[str, tuple[Any, str]]:
     base = PurePath(str(config.get("base_model_name_or_path") or "")).name  # a local copy has another parent folder
     if base:
         facts["base_model_name_or_path"] = (base, "all clients of a round must adapt the same base model")
-    for key, tensor in adapter.extras.items():
-        facts[f"shape of tensor {key!r}"] = (tuple(tensor.shape), "tensors that are averaged must have one shape")
+    for key in adapter.skeleton.extra_keys:
+        shape = adapter.skeleton.forms[key].shape
+        facts[f"shape of tensor {key!r}"] = (shape, "tensors that are averaged must have one shape")
     return facts

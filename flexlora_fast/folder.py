@@ -8,20 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError, UnsupportedAdapterError
 from flexlora_fast.files import replace
+from flexlora_fast.tensorfile import TensorFile
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 
 
-def read(path: str | os.PathLike[str], client: str | None = None) -> tuple[dict[str, Tensor], Config]:
-    """The tensors (mapped from the file, read when used) and the unchecked config of a PEFT folder."""
+def read(path: str | os.PathLike[str], client: str | None = None) -> tuple[TensorFile, Config]:
+    """The tensors (in the file, read when used) and the unchecked config of a PEFT folder."""
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -39,12 +39,14 @@ def read(path: str | os.PathLike[str], client: str | None = None) -> tuple[dict[
         raise AdapterError(f"{str(folder)!r} has no {WEIGHTS_NAME}; save it with peft's save_pretrained", client=client)
     config = _read_config(folder / CONFIG_NAME, client)
     try:
-        return load_file(weights), config
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{str(weights)!r} is not a readable safetensors file ({error}); have it sent again",
-            client=client,
-        ) from error
+        return TensorFile(weights), config
+    except AdapterError as error:
+        raise error.at(client=client) from None
+
+
+def holds(path: str | os.PathLike[str], file: str) -> bool:
+    """Whether this weights file is the folder's own."""
+    return os.path.realpath(os.path.join(path, WEIGHTS_NAME)) == os.path.realpath(file)
 
 
 def _read_config(path: Path, client: str | None) -> Config:
