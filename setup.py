@@ -90,12 +90,15 @@ def extension() -> Extension:
     sources = sorted(str(p.relative_to(ROOT)) for f in folders for glob in patterns for p in (ROOT / f).glob(glob))
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     # No -march=native: the wheel must run on other machines, and the heavy work is done by torch's own GEMM,
-    # which picks its instructions at run time. The C++ standard is the one torch's headers ask for.
+    # which picks its instructions at run time. The C++ standard is the one torch's headers ask for. OpenMP is torch's
+    # thread pool: without the flag at::parallel_for, a template in its headers, runs on one thread.
+    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
     return make(
         NAME,
         sources,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": ["-O3", "-g0", "-Wall", "-Wextra"], "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": ["-O3", "-g0", "-Wall", "-Wextra", *openmp], "nvcc": ["-O3"]},
+        extra_link_args=openmp,
         define_macros=[("FLEXLORA_WITH_CUDA", "1")] if cuda else [],
     )
 

@@ -2,19 +2,47 @@
 
 #include <torch/csrc/utils/pybind.h>
 
-#include "cpu/materialize.h"
+#include <stdexcept>
+#include <string>
+
+#include "cpu/matmul.h"
 
 namespace py = pybind11;
+using flexlora::cpu::Precision;
+
+namespace {
+
+Precision precision_of(const std::string& name) {
+    if (name == "float32") return Precision::f32;
+    if (name == "bfloat16") return Precision::bf16;
+    throw std::invalid_argument("precision is '" + name + "': expected 'float32' or 'bfloat16'");
+}
+
+}  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "Native operations of flexlora_fast; flexlora_fast.backends holds their readable twins.";
-    m.def("materialize", &flexlora::cpu::materialize, py::arg("B"), py::arg("A"), py::arg("d"),
-          // The lists are converted before the guard is taken; from there on no Python object is touched.
-          py::call_guard<py::gil_scoped_release>(),
-          R"doc(ΔW = Σ_i (B_i · diag(d_i)) · A_i, dense and in float32.
+    m.def(
+        "can_multiply", [](const std::string& precision) { return flexlora::cpu::can_multiply(precision_of(precision)); },
+        py::arg("precision"), "Whether this machine and this torch have block kernels for 'float32' or 'bfloat16'.");
+    m.def(
+        "matmul",
+        [](const std::vector<at::Tensor>& A, int64_t a_axis, const std::vector<at::Tensor>& B, int64_t b_axis,
+           const std::string& precision, bool symmetric, const std::optional<at::Tensor>& scale,
+           const std::optional<at::Tensor>& out) {
+            const Precision chosen = precision_of(precision);
+            // Every argument is converted; from here on no Python object is touched.
+            const py::gil_scoped_release release;
+            return flexlora::cpu::matmul(A, a_axis, B, b_axis, chosen, symmetric, scale, out);
+        },
+        py::arg("A"), py::arg("a_axis"), py::arg("B"), py::arg("b_axis"), py::arg("precision") = "float32",
+        py::arg("symmetric") = false, py::arg("scale") = py::none(), py::arg("out") = py::none(),
+        R"doc(C = A · diag(scale) · B in float32, or out += A · diag(scale) · B.
 
-B: K matrices (m, r_i), A: K matrices (r_i, n), each float16, bfloat16 or float32, on the CPU, of any strides.
-d: (R,) float64, R = Σ r_i, the coefficients of the clients one after the other.
-Products are accumulated in float32 and d is applied to float32 values. Inputs are never modified.
-Raises ValueError, quoting the client's position and the value, where shapes, types or devices do not fit.)doc");
+A (M, K), B (K, N): tables of 2-D tensors, joined along axis a_axis and b_axis (0: rows, 1: columns), each float16,
+bfloat16 or float32, on the CPU, of any strides. scale: (K,) float64.
+precision: 'float32', or 'bfloat16' where operands are rounded to it; sums are float32, and scale multiplies float32
+values either way. symmetric: the product is, and one triangle is computed.
+The order of summation does not depend on the number of threads. Inputs are never modified.
+Raises ValueError, quoting the value, where shapes, types or devices do not fit.)doc");
 }

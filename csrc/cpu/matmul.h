@@ -1,0 +1,34 @@
+// Products of matrices given as tables of pieces, blocked here and multiplied by oneDNN's block kernels.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace flexlora::cpu {
+
+enum class Precision {
+    f32,  // float32 products, float32 sums
+    bf16,  // operands rounded to bfloat16 (16-bit inputs of that type stay as they are), float32 sums
+};
+
+// Whether this machine and this torch have the block kernels for a precision.
+bool can_multiply(Precision precision);
+
+// C = A · diag(scale) · B, float32, or out += … where `out` is given.
+//
+//   A  pieces joined along axis a_axis: (M, K)    float16 | bfloat16 | float32, any strides
+//   B  pieces joined along axis b_axis: (K, N)    same
+//   scale  (K,) float64 or nothing. In float32 it is folded into A's panels; in bf16 it multiplies float32 sums over
+//          runs of equal coefficients, so that nothing is rounded twice.
+//   symmetric  promises that the product is: one triangle is computed and mirrored.
+//
+// Entry (i, j) is summed in an order that depends on K, N and `scale` alone: not on the number of threads.
+// Throws std::invalid_argument, quoting the value, where shapes or types do not fit.
+at::Tensor matmul(const std::vector<at::Tensor>& A, int64_t a_axis, const std::vector<at::Tensor>& B, int64_t b_axis,
+                  Precision precision, bool symmetric, const std::optional<at::Tensor>& scale,
+                  const std::optional<at::Tensor>& out);
+
+}  // namespace flexlora::cpu
