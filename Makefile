@@ -58,7 +58,7 @@ demo: venv .demo-data/.downloaded  ## Federated fine-tuning with mixed ranks, st
 	$(BIN)/python -m examples.demo
 
 bench: venv  ## Speed against peers, on all cores
-	$(BIN)/python -m benchmarks.compare
+	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json
 
 calibrate: venv  ## Measure this machine for the planner's cost model
 	$(BIN)/python -m flexlora_fast.lowrank.calibrate

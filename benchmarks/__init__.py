@@ -1,1 +1,1 @@
-"""Benchmarks against real peers, each in the same run and at stated accuracy. ``make bench`` runs the suite."""
+"""The benchmark suite: workloads, peers, and what the machine allows, measured in one run. ``make bench`` runs it."""

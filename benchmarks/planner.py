@@ -1,63 +1,109 @@
-"""Does the planner choose well? ``python -m benchmarks.planner``: every solver on a grid of shapes, and the regret.
+"""Does the planner choose well? Every solver in its reach timed beside the chosen one, and the regret.
 
-Regret is the chosen solver's time over the fastest one's that keeps the promise (excess ≤ 1e-3, or exact).
+Regret is the chosen solver's time over the fastest one's that keeps the promise (excess ≤ tol).
 """
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 
-from benchmarks.compare import time_alternating
-from benchmarks.synthetic import Round, Truth, paper_ranks, stack_of
+from benchmarks.fresh import Fresh, OverLimit
+from benchmarks.layers import alternate, repeats_for
+from benchmarks.workloads import AnyWorkload, Workload, paper_ranks, stack_of
 from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.solve import solve
 
-GRID = [
-    Round("small", 384, 384, (2, 2, 4, 4, 8, 8, 16, 32), 32),
-    Round("small ffn", 1536, 384, (8,) * 20, 8),
-    Round("base", 768, 3072, (16,) * 40, 16),
-    Round("silo", 2048, 2048, (4, 8, 16, 32, 64) * 2, 64),
-    Round("silo, tall", 5632, 2048, (4, 8, 16, 32, 64) * 3, 64),
-    Round("many", 2048, 2048, (16,) * 60, 16),
-    Round("many, wide k", 2048, 2048, (16,) * 60, 64),
-    Round("paper", 2048, 2048, paper_ranks(), 200),
-    Round("paper, flat", 2048, 2048, paper_ranks(), 200, "flat"),
-    Round("paper, tall", 5632, 2048, paper_ranks(40), 200),
-]
+TOL = 1e-3
 # Solvers predicted to be this many times slower than the chosen one are not run.
-_HOPELESS = 12
+REACH = 6.0
+# A solver's first run is ended after this many times the chosen one's, plus what starting costs.
+_PATIENCE = 20.0
+_START = 2.0
+
+# Beside the layer workloads: shapes between them, where the solvers' ranges meet.
+BETWEEN = (
+    Workload("small", 384, 384, (2, 2, 4, 4, 8, 8, 16, 32), 32),
+    Workload("small ffn", 1536, 384, (8,) * 20, 8),
+    Workload("base", 768, 3072, (16,) * 40, 16),
+    Workload("tall", 5632, 2048, (4, 8, 16, 32, 64) * 3, 64),
+    Workload("many", 2048, 2048, (16,) * 60, 16),
+    Workload("many, larger k", 2048, 2048, (16,) * 60, 64),
+    Workload("paper, flat", 2048, 2048, paper_ranks(), 200, "flat"),
+)
 
 
-def main() -> None:
-    console = Console()
-    table = Table(title="planner: predicted / measured milliseconds, chosen in bold")
-    for column in ("layer", "R", "k", *plan.SOLVERS, "regret"):
-        table.add_column(column, justify="left" if column == "layer" else "right")
-    worst = 1.0
-    for round_ in GRID:
-        clients = round_.factors()
-        shape = plan.Shape(round_.m, round_.n, sum(round_.ranks), round_.k)
-        predicted, chosen = plan.seconds(shape, plan.default_constants()), plan.choose(shape)
-        names = [name for name in plan.SOLVERS if predicted[name] < _HOPELESS * predicted[chosen]]
-        measured = time_alternating(
-            {s: (lambda s=s, c=clients, k=round_.k: solve(stack_of(c), k, solver=s)) for s in names}, 3
-        )
-        truth, kept = Truth(clients), {}
-        for name in names:
-            f = solve(stack_of(clients), round_.k, solver=name)
-            kept[name] = truth.excess((f.U[0] * f.S[0].float()) @ f.V[0].T, round_.k) <= 1e-3
-        regret = measured[chosen] / min(seconds for name, seconds in measured.items() if kept[name])
-        worst = max(worst, regret)
-        cells = []
-        for name in plan.SOLVERS:
-            text = f"{predicted[name] * 1e3:.0f} / {measured[name] * 1e3:.0f}" if name in names else "–"
-            text += "" if kept.get(name, True) else " ✗"
-            cells.append(f"[bold]{text}[/]" if name == chosen else text)
-        table.add_row(f"{round_.name} {round_.m}×{round_.n}", str(shape.R), str(shape.k), *cells, f"{regret:.2f}")
-    console.print(table)
-    console.print(f"worst regret {worst:.2f}")
+@dataclass
+class Regret:
+    """What was found on one workload; seconds are medians, ``over`` says why a solver in reach has none."""
+
+    workload: str
+    chosen: str
+    predicted: dict[str, float]
+    measured: dict[str, float] = field(default_factory=dict)
+    excess: dict[str, float] = field(default_factory=dict)
+    over: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def best(self) -> str:
+        """The fastest solver that keeps the promise, or the chosen one where none does."""
+        kept = {name: seconds for name, seconds in self.measured.items() if self.excess[name] <= TOL}
+        return min(kept, key=kept.__getitem__, default=self.chosen)
+
+    @property
+    def value(self) -> float:
+        return self.measured[self.chosen] / self.measured[self.best]
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self) | {"best": self.best, "regret": self.value}
 
 
-if __name__ == "__main__":
-    main()
+def prepare(workload: AnyWorkload, solver: str) -> Callable[[], tuple[float, float]]:
+    """A solver's call in another process: energy captured, and energy in all."""
+    clients = workload.clients()
+
+    def call() -> tuple[float, float]:
+        f = solve(stack_of(clients), workload.k, solver=solver, tol=TOL)
+        return float(f.S.square().sum()), float(f.energy.sum())
+
+    return call
+
+
+def excess_of(captured: dict[str, float], energy: float) -> dict[str, float]:
+    """Each solver's excess against the one that captured most; on every workload an exact solver is near enough."""
+    rest = {name: max(energy - c, 0.0) for name, c in captured.items()}
+    best = min(rest.values())
+    if best <= 1e-13 * energy:  # nothing is left out but rounding
+        return {name: (r / energy) ** 0.5 for name, r in rest.items()}
+    return {name: (r / best) ** 0.5 - 1 for name, r in rest.items()}
+
+
+def regret(workload: AnyWorkload, turns: int, pause: float) -> Regret:
+    """Time the chosen solver and those in its reach, in alternation."""
+    shape = plan.Shape(workload.m, workload.n, workload.R, workload.k, TOL)
+    predicted, chosen = plan.seconds(shape, plan.default_constants()), plan.choose(shape)
+    found = Regret(workload.name, chosen, predicted)
+    reach = [name for name in predicted if name != chosen and predicted[name] < REACH * predicted[chosen]]
+    first, captured, energy = {}, {}, 0.0
+    with Fresh() as process:
+        for name in (chosen, *reach):
+            process.prepare(prepare, workload, name)
+            limit = None if name == chosen else _START + _PATIENCE * first[chosen]
+            try:
+                outcome = process.run(limit)
+            except OverLimit:
+                found.over[name] = f"more than {limit:.1f} s"
+                continue
+            first[name] = outcome.seconds
+            captured[name], energy = outcome.value
+    found.excess = excess_of(captured, energy)
+    clients = workload.clients()
+
+    def call(name: str) -> None:
+        solve(stack_of(clients), workload.k, solver=name, tol=TOL)
+
+    calls = {name: (lambda name=name: call(name)) for name in first}
+    for warm_up in calls.values():
+        warm_up()
+    found.measured = alternate(calls, {name: repeats_for(seconds, turns) for name, seconds in first.items()}, pause)
+    return found
