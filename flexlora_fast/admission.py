@@ -22,15 +22,11 @@ class Admission:
         self._specs: dict[str, tuple[LayerSpec, str]] = {}
         self._agreed: dict[str, tuple[Any, str]] = {}
 
-    def check(self, name: str, adapter: Adapter, weight: Any, *, look: bool = True) -> None:
-        """Everything that can refuse a client, before anything of the round changes.
-
-        Args:
-            look: at the values too (``check_values``), which reads every tensor.
+    def check(self, name: str, adapter: Adapter, weight: Any) -> None:
+        """Everything that can refuse a client by what it is (values apart), before anything of the round changes.
 
         Raises:
             WeightError: a weight that is no finite number ≥ 0.
-            AdapterError: tensors that are not finite, or a ΔW beyond float32.
             IncompatibleAdapterError: a name that was already taken, or layers, extras or a config that do not fit
                 those of the round.
         """
@@ -38,8 +34,6 @@ class Admission:
             raise IncompatibleAdapterError("this client is already in the round; give each client its own name")
         if not _is_weight(weight):
             raise WeightError(f"weight is {weight!r}; give a finite number ≥ 0")
-        if look:
-            check_values(name, adapter)
         for layer, spec in adapter.skeleton.specs.items():
             known, first = self._specs.get(layer, (spec, name))
             if _geometry(spec) != _geometry(known):

@@ -6,18 +6,16 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePath
-from typing import Any, Literal
+from pathlib import Path, PurePath
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from flexlora_fast import config as configs
-from flexlora_fast import methods
+from flexlora_fast import finishing, memory, methods
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.admission import Admission, check_name
+from flexlora_fast.admission import Admission, check_name, check_values
 from flexlora_fast.errors import (
+    AdapterError,
     BackendError,
     EmptyRoundError,
     FlexLoRAError,
@@ -26,23 +24,14 @@ from flexlora_fast.errors import (
     WeightError,
 )
 from flexlora_fast.lowrank import plan
-from flexlora_fast.lowrank.factorization import Factorization
-from flexlora_fast.lowrank.solve import solve
-from flexlora_fast.methods import Contribution, Method
-from flexlora_fast.precision import full_precision
+from flexlora_fast.methods import Method
 from flexlora_fast.progress import track
-from flexlora_fast.stack import Stack
-from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
+from flexlora_fast.update import GlobalUpdate, Refusal
+from flexlora_fast.work import Client, Settings, Work
 
 Source = Adapter | str | os.PathLike[str]
 MISSING = ("zero", "renormalize")
-
-
-@dataclass(frozen=True)
-class _Client:
-    name: str
-    adapter: Adapter
-    weight: float
+READ = ("add", "finish")
 
 
 def aggregate(
@@ -57,6 +46,8 @@ def aggregate(
     *,
     clients: Sequence[str] | None = None,
     missing: Literal["zero", "renormalize"] = "zero",
+    memory_limit: int | str | None = None,
+    out: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> GlobalUpdate:
     """Aggregate a round of LoRA adapters of any mix of ranks: :class:`Aggregator` fed in a loop.
@@ -65,7 +56,9 @@ def aggregate(
         adapters: adapters, or paths of PEFT adapter folders.
         weights: one finite number ≥ 0 for each adapter, in their order or by client name (default: all equal).
         clients: names, in the order of ``adapters`` (default: the adapter's own, or its path).
-        The rest as for :class:`Aggregator`.
+        out: as for :meth:`Aggregator.finish`. The rest as for :class:`Aggregator`.
+
+    Files are read once, layer by layer while earlier layers are solved (``read="finish"``).
 
     Returns:
         The :class:`GlobalUpdate`.
@@ -84,7 +77,18 @@ def aggregate(
     (torch.Size([4]), 2)
     """
     adapters = list(adapters)
-    round_ = Aggregator(rank, method, solver, tol, device, seed, missing=missing, progress=progress)
+    round_ = Aggregator(
+        rank,
+        method,
+        solver,
+        tol,
+        device,
+        seed,
+        missing=missing,
+        memory_limit=memory_limit,
+        read="finish",
+        progress=progress,
+    )
     for option, values in (("weights", weights), ("clients", clients)):
         if values is not None and len(values) != len(adapters):
             raise WeightError(f"{len(values)} {option} for {len(adapters)} adapters; give one for each")
@@ -94,7 +98,7 @@ def aggregate(
             raise WeightError(f"weights has no entry for it; it has {sorted(weights)[:5]} …", client=name)
         share = 1.0 if weights is None else weights[name] if isinstance(weights, Mapping) else weights[i]
         round_.add(adapter, share, client=name)
-    return round_.finish()
+    return round_.finish(out)
 
 
 class Aggregator:
@@ -109,6 +113,14 @@ class Aggregator:
         seed: of the test matrices, whose entries are addressed by (seed, layer, row).
         missing: a client without a layer counts as zero there ("zero"), or its weight is shared out
             ("renormalize").
+        memory_limit: bound on the memory that the round works in: bytes, or a text such as "2GiB" (default: half of
+            the machine's). It covers tensors read from files, stacks and the solvers' scratch; not the interpreter,
+            adapters that came in memory, or a result that stays in memory. A layer that does not fit is summed up from
+            blocks of clients as a dense ΔW, with solver "dense", whatever ``solver`` and ``tol`` say; its certificate
+            holds as well.
+        read: when files are read. "add": as clients come, so that one with bad values is refused at once; tensors
+            stay in memory as far as half the limit goes, the others are read again in ``finish``. "finish": once,
+            layer by layer, while earlier layers are solved; a client with bad values is found only then.
         progress: a bar on stderr: None shows it on a terminal only.
 
     >>> import torch, flexlora_fast as ff
@@ -131,6 +143,8 @@ class Aggregator:
         seed: int = 0,
         *,
         missing: Literal["zero", "renormalize"] = "zero",
+        memory_limit: int | str | None = None,
+        read: Literal["add", "finish"] = "add",
         progress: bool | None = None,
     ) -> None:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -139,17 +153,17 @@ class Aggregator:
             raise OptionError(f"tol is {tol!r}; give a number ≥ 0 (0 asks for an exact solver)")
         if missing not in MISSING:
             raise OptionError(f"missing {missing!r} is neither 'zero' nor 'renormalize'")
-        self.rank, self.method, self.solver, self.tol = (
-            rank,
-            methods.get(method),
-            plan.check_solver(solver),
-            tol,
-        )
-        self.device = _device(device)
-        self.seed, self.missing, self.progress = seed, missing, progress
+        if read not in READ:
+            raise OptionError(f"read {read!r} is neither 'add' nor 'finish'")
+        self.rank, self.method, self.solver, self.tol = rank, methods.get(method), plan.check_solver(solver), tol
+        self.device, self.seed, self.missing = _device(device), seed, missing
+        self.memory_limit = memory.parse_limit(memory_limit)
+        self.read, self.progress = read, progress
         self.refused: list[Refusal] = []
-        self._clients: dict[str, _Client] = {}
+        self._clients: dict[str, Client] = {}
         self._admission = Admission()
+        self._kept = 0  # bytes of tensors from files
+        self._suspicious = False  # whether a client's values turned out bad in ``finish``
         self._started = time.perf_counter()
 
     @property
@@ -175,80 +189,130 @@ class Aggregator:
         Raises:
             AdapterError (UnsupportedAdapterError, IncompatibleAdapterError), WeightError: the client is refused,
             noted in ``refused``, and the round is as if it had never come.
+
+        A folder must stay as it is until the round is finished.
         """
         name = self.name_for(adapter) if client is None else client
         try:
             check_name(name)
-            loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, client=name)
-            self._admission.check(name, loaded, weight)
+            source = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, client=name)
+            self._admission.check(name, source, weight)
+            held = source
+            if self.read == "add":
+                held = self._kept_if_room(source)
+                check_values(name, held)
         except FlexLoRAError as error:
             error.at(client=str(name))  # str: a name may be refused for being none
             self.refused.append(Refusal(str(name), str(error)))
             raise
-        self._clients[name] = _Client(name, loaded, float(weight))
-        self._admission.accept(name, loaded)
+        self._clients[name] = Client(name, held, float(weight), source, checked=self.read == "add")
+        self._kept += held.skeleton.nbytes if held is not source else 0
+        self._admission.accept(name, source)
 
-    def finish(self) -> GlobalUpdate:
+    def finish(self, out: str | os.PathLike[str] | None = None) -> GlobalUpdate:
         """Aggregate what was added.
+
+        Args:
+            out: a file to write the update to, each layer as soon as it is solved, instead of holding it in memory;
+                the update returned reads from it. It appears whole or not at all, and is what ``GlobalUpdate.save``
+                writes.
 
         Raises:
             EmptyRoundError: no client was accepted. WeightError: all weights are zero.
-            AdapterError: a layer whose ΔW overflows, naming it.
+            OptionError: a layer that does not fit ``memory_limit`` in any way, before anything is computed.
+            AdapterError: a client whose values are bad (``read="finish"``), or whose file cannot be read any more. It
+                is refused; call ``finish`` again to go on without it, then all others are checked first. Without a
+                client: a layer whose ΔW overflows.
+        """
+        if self._suspicious:
+            self._check_the_others()
+        clients = self._weighted()
+        work = Work(clients, self._settings())
+        frame = GlobalUpdate(
+            layer_updates={},
+            clients=[finishing.record(client) for client in clients],
+            refused=list(self.refused),
+            method=self.method.name,
+            seed=self.seed,
+            template=finishing.template(clients),
+            seconds={"collect": time.perf_counter() - self._started},
+        )
+        budget = self._make_room(work)
+        try:
+            if out is None:
+                update = finishing.to_memory(work, frame, budget, self.progress)
+            else:
+                update = finishing.to_file(work, frame, budget, self.progress, Path(out))
+        except AdapterError as error:
+            if error.client in self._clients:
+                self._refuse(error.client, error)
+                self._suspicious = True
+            raise
+        for client in clients:
+            client.checked = True
+        return update
+
+    def _settings(self) -> Settings:
+        return Settings(
+            self.rank, self.method, self.solver, self.tol, self.device, self.seed, self.missing, self.memory_limit
+        )
+
+    # -- memory ---
+
+    def _kept_if_room(self, adapter: Adapter) -> Adapter:
+        """The adapter with its tensors in memory, while there is room: then they are read once."""
+        room = self.memory_limit // 2 - self._kept
+        return adapter.in_memory() if adapter.on_disk and adapter.skeleton.nbytes <= room else adapter
+
+    def _make_room(self, work: Work) -> int:
+        """Let go of tensors in memory that solving leaves no room for; they are read again. Bytes to read ahead."""
+        room = self.memory_limit - work.scratch
+        for name in self.clients:
+            client = self._clients[name]
+            if client.adapter is not client.source and self._kept > room - work.ahead:
+                client.adapter = client.source
+                self._kept -= client.source.skeleton.nbytes
+        return min(room - self._kept, work.ahead)
+
+    # -- clients ---
+
+    def _weighted(self) -> list[Client]:
+        """The clients of positive weight with their shares, in canonical order: sums come out the same whatever the
+        order of arrival. Weight 0 equals absent.
         """
         if not self._clients:
             refused = f"; {len(self.refused)} were refused, the first: {self.refused[0].reason}" if self.refused else ""
             raise EmptyRoundError(f"no client is in this round{refused}; add at least one adapter")
-        # Canonical order: sums come out the same whatever the order of arrival. Weight 0 equals absent.
-        clients = [self._clients[name] for name in sorted(self._clients) if self._clients[name].weight > 0]
+        clients = [self._clients[name] for name in self.clients if self._clients[name].weight > 0]
         if not clients:
             raise WeightError(f"the weights of {len(self._clients)} clients sum to 0; they must sum to > 0")
-        shares = _shares(clients)
-        start = time.perf_counter()
-        layers = sorted({layer for client in clients for layer in client.adapter.layers})
-        updates = {layer: self._layer(layer, clients, shares) for layer in track(layers, "layers", self.progress)}
-        solved = time.perf_counter()
-        return GlobalUpdate(
-            layer_updates=updates,
-            extras=_average_extras(clients, shares),
-            clients=[_record(client, shares[client.name]) for client in clients],
-            refused=list(self.refused),
-            method=self.method.name,
-            seed=self.seed,
-            template=_template(clients),
-            seconds={
-                "collect": start - self._started,
-                "layers": solved - start,
-                "extras": time.perf_counter() - solved,
-            },
-        )
+        # A power of two is taken out first, which is exact: the sum of weights may overflow.
+        _, exponent = math.frexp(max(client.weight for client in clients))
+        weights = [math.ldexp(client.weight, -exponent) for client in clients]
+        total = math.fsum(weights)
+        for client, weight in zip(clients, weights, strict=True):
+            client.share = weight / total
+        return clients
 
-    @full_precision()
-    def _layer(self, layer: str, clients: list[_Client], shares: dict[str, float]) -> LayerUpdate:
-        """One layer: contributions -> blocks -> solve."""
-        having = [client for client in clients if layer in client.adapter.layers]
-        total = math.fsum(shares[client.name] for client in having) if self.missing == "renormalize" else 1.0
-        spec = having[0].adapter.spec(layer)
-        contributions = []
-        for client in having:
-            A, B = client.adapter.factors(layer)
-            contributions.append(
-                Contribution(
-                    client.name,
-                    A.to(self.device),
-                    B.to(self.device),
-                    client.adapter.scale(layer),
-                    shares[client.name] / total,
-                )
-            )
-        blocks = self.method.blocks(contributions)
-        stack = Stack(blocks, spec.m, spec.n, spec.experts)
-        rank = self.rank or max(c.rank for c in contributions)
-        result = solve(stack, rank, solver=self.solver, tol=self.tol, seed=self.seed, name=layer)
-        averaged = None
-        if self.method.output == "slice":
-            averaged = (stack.P.cpu(), stack.Q.cpu())  # whole: the error of a slice is what it leaves behind
-        bias = _average_bias(layer, having, contributions)
-        return LayerUpdate(spec, _to_cpu(result), stack.R, averaged, bias)
+    def _check_the_others(self) -> None:
+        """Look at all values not seen yet: with one bad client found, the round shall not start once for each."""
+        for client in [client for client in self._clients.values() if not client.checked]:
+            try:
+                check_values(client.name, client.adapter)
+                client.checked = True
+            except AdapterError as error:
+                error.at(client=client.name)
+                self._refuse(client.name, error)
+        self._suspicious = False
+
+    def _refuse(self, name: str, error: AdapterError) -> None:
+        """Take an accepted client out again; what it settled is open."""
+        gone = self._clients.pop(name)
+        self._kept -= gone.source.skeleton.nbytes if gone.adapter is not gone.source else 0
+        self.refused.append(Refusal(name, str(error)))
+        self._admission = Admission()
+        for client in self._clients.values():
+            self._admission.accept(client.name, client.source)
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -263,71 +327,3 @@ def _device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
         raise BackendError(f"device {device!r} cannot compute here: {error}") from error
     return chosen
-
-
-def _shares(clients: list[_Client]) -> dict[str, float]:
-    """Weights over their sum. A power of two is taken out first, which is exact: their sum may overflow."""
-    _, exponent = math.frexp(max(client.weight for client in clients))
-    weights = {client.name: math.ldexp(client.weight, -exponent) for client in clients}
-    total = math.fsum(weights.values())
-    return {name: weight / total for name, weight in weights.items()}
-
-
-def _average_extras(clients: list[_Client], shares: dict[str, float]) -> dict[str, Tensor]:
-    """Σ w·t over the clients that have t, w renormalised to them; float64 sum, the first client's dtype.
-
-    These are whole weights (a head, biases, token rows), not updates: counting an absent one as zero would shrink it.
-    """
-    averages = {}
-    for key in sorted({key for client in clients for key in client.adapter.extras}):
-        having = [client for client in clients if key in client.adapter.extras]
-        total = math.fsum(shares[client.name] for client in having)
-        first = having[0].adapter.extras[key]
-        mean = torch.zeros(first.shape, dtype=torch.float64)
-        for client in having:
-            mean += shares[client.name] / total * client.adapter.extras[key].double().cpu()
-        averages[key] = (mean if first.is_floating_point() else mean.round()).to(first.dtype)
-    return averages
-
-
-def _average_bias(layer: str, having: list[_Client], contributions: list[Contribution]) -> Tensor | None:
-    """Σ w·s·b over the clients' lora_B.bias: it is applied times the scale, so it is an update like s·B·A."""
-    total = None
-    for client, c in zip(having, contributions, strict=True):
-        bias = client.adapter.lora_bias(layer)
-        if bias is not None:
-            term = c.weight * c.scale * bias.double().cpu()
-            total = term if total is None else total + term
-    return None if total is None else total.float()
-
-
-def _to_cpu(f: Factorization) -> Factorization:
-    return Factorization(f.U.cpu(), f.S.cpu(), f.V.cpu(), f.energy.cpu(), f.solver, f.iterations, f.excess)
-
-
-def _record(client: _Client, share: float) -> ClientRecord:
-    adapter = client.adapter
-    dtype = str(adapter.factors(adapter.layers[0])[0].dtype).removeprefix("torch.")
-    ranks = {layer: adapter.rank(layer) for layer in adapter.layers}
-    return ClientRecord(client.name, share, adapter.config, ranks, tuple(adapter.extras), dtype)
-
-
-def _template(clients: list[_Client]) -> dict[str, Any]:
-    """The first client's config, widened to target every layer of the round, with every client's extras."""
-    template = clients[0].adapter.config
-    paths = {client.adapter.spec(layer).pattern_name for client in clients for layer in client.adapter.layers}
-    for key in ("target_modules", "target_parameters", "modules_to_save"):
-        values = [client.adapter.config.get(key) for client in clients]
-        if all(value == values[0] for value in values):
-            continue
-        if all(value is None or isinstance(value, list) for value in values):
-            template[key] = sorted({item for value in values for item in value or []})
-        else:  # regexes or "all-linear" beside lists: name the modules themselves
-            template[key] = sorted(paths)
-    if any(client.adapter.config.get("lora_bias") for client in clients):
-        template["lora_bias"] = True
-    if not all(configs.targets(template, path) for path in paths):  # clients chose by other rules, layer by layer
-        template |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
-        if not all(configs.targets(template, path) for path in paths):
-            template["target_modules"] = sorted(paths)
-    return template

@@ -1,69 +1,191 @@
-"""A global update as one safetensors file: tensors by layer, everything else as JSON in the header's metadata."""
+"""A global update as one safetensors file: tensors by layer, everything else as JSON in the header's metadata.
+
+It is written layer by layer while a round runs, and read tensor by tensor when they are used, so that an update may be
+larger than memory.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.files import replace
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.skeleton import Form
+from flexlora_fast.tensorfile import TensorFile, TensorWriter
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
-FORMAT = "flexlora_fast.global_update/1"
+FORMAT = "flexlora_fast.global_update/2"
+_PADDING = "padding"
+# Bytes of the header for the dtype, shape and offsets of one tensor, and for the numbers of one layer; generous.
+_ENTRY, _FACTS = 400, 400
+_PARTS = ("U", "V", "B", "A", "bias", "S", "energy")
 
 
 def save(update: GlobalUpdate, path: Path) -> Path:
     """Write ``update`` to ``path``, whole or not at all (a temporary file, fsync, rename)."""
-    tensors: dict[str, Tensor] = {f"extra/{key}": tensor.contiguous() for key, tensor in update.extras.items()}
-    layers = {}
-    for name, layer in update.items():
-        layers[name] = _layer_facts(layer)
-        tensors.update({f"{part}/{name}": tensor for part, tensor in _layer_tensors(layer).items()})
-    about = {
-        "layers": layers,
-        "clients": [dataclasses.asdict(record) for record in update.clients],
-        "refused": [dataclasses.asdict(refusal) for refusal in update.refused],
-        "method": update.method,
-        "seed": update.seed,
-        "template": update.template,
-        "seconds": update.seconds,
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": FORMAT, "update": json.dumps(about)}
-    replace(path, lambda to: save_file(tensors, to, metadata=metadata))
+    forms = {key: Form(tuple(tensor.shape), tensor.dtype) for key, tensor in update.extras.items()}
+
+    def write(to: str) -> None:
+        with UpdateWriter(to, [layer.spec for layer in update.values()], forms, about(update)) as writer:
+            for layer in update.values():
+                writer.add(layer)
+            for key in writer.extras:
+                writer.add_extra(key, update.extras[key])
+            writer.finish(update.seconds)
+
+    replace(path, write)
     return path
 
 
+def about(update: GlobalUpdate) -> dict[str, Any]:
+    """What is known of a round before its layers are solved, JSON-able. What clients share is said once."""
+    kinds: list[dict[str, Any]] = []
+    clients, by_identity, by_text = [], dict[Any, int](), dict[str, int]()
+    for record in update.clients:
+        identity = (id(record.config), id(record.ranks), record.extras, record.dtype)
+        if identity not in by_identity:
+            kind = {"config": record.config, "ranks": record.ranks, "extras": record.extras, "dtype": record.dtype}
+            by_identity[identity] = by_text.setdefault(json.dumps(kind, sort_keys=True), len(kinds))
+            if by_identity[identity] == len(kinds):
+                kinds.append(kind)
+        clients.append({"name": record.name, "weight": record.weight, "kind": by_identity[identity]})
+    return {
+        "clients": clients,
+        "kinds": kinds,
+        "refused": [{"client": refusal.client, "reason": refusal.reason} for refusal in update.refused],
+        "method": update.method,
+        "seed": update.seed,
+        "template": update.template,
+    }
+
+
+class UpdateWriter:
+    """A file written layer by layer, in a ``with`` block. Layers first, then ``add_extra`` in the order of ``extras``,
+    then ``finish``.
+    """
+
+    def __init__(
+        self, path: str, specs: Iterable[LayerSpec], extras: Mapping[str, Form], about: dict[str, Any]
+    ) -> None:
+        specs = list(specs)
+        # The metadata is JSON in a JSON string.
+        room = len(_quoted({**about, "layers": {spec.name: spec.to_json() for spec in specs}})) + 4096
+        room += sum(len(_PARTS) * (len(json.dumps(spec.name)) + _ENTRY) + _FACTS for spec in specs)
+        room += sum(len(json.dumps(key)) + _ENTRY for key in extras)
+        # Wide elements first, so that each tensor lies at a multiple of its element size.
+        self.extras = sorted(extras, key=lambda key: (-extras[key].dtype.itemsize, key))
+        self._about = {**about, "layers": {}}
+        self._small: dict[str, Tensor] = {}
+        self._writer = TensorWriter(path, room)
+
+    def __enter__(self) -> UpdateWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def add(self, layer: LayerUpdate) -> None:
+        """Write a layer's float32 tensors; its few float64 numbers are kept for the end."""
+        f = layer.factorization
+        self._about["layers"][layer.name] = {
+            "spec": layer.spec.to_json(),
+            "total_rank": layer.total_rank,
+            "solver": f.solver,
+            "iterations": f.iterations,
+            "excess": f.excess,
+        }
+        parts = {"U": f.U, "V": f.V}
+        if layer.averaged is not None:
+            parts |= {"B": layer.averaged[0], "A": layer.averaged[1]}
+        if layer.bias is not None:
+            parts["bias"] = layer.bias
+        for part, tensor in parts.items():
+            self._writer.add(f"{part}/{layer.name}", tensor)
+        self._small |= {f"S/{layer.name}": f.S, f"energy/{layer.name}": f.energy}
+
+    def add_extra(self, key: str, tensor: Tensor) -> None:
+        self._flush()
+        self._writer.add(f"extra/{key}", tensor)
+
+    def finish(self, seconds: Mapping[str, float]) -> None:
+        """Write the header, and close."""
+        self._flush()
+        self._writer.finish({"format": FORMAT, "update": json.dumps({**self._about, "seconds": dict(seconds)})})
+
+    def _flush(self) -> None:
+        if self._small and self._writer.position % 8:
+            self._writer.add(_PADDING, torch.zeros(1))
+        for key, tensor in self._small.items():
+            self._writer.add(key, tensor)
+        self._small = {}
+
+
+def _quoted(document: Any) -> str:
+    return json.dumps(json.dumps(document))
+
+
+# -- reading ---
+
+
+class StoredFactorization(Factorization):
+    """A factorization whose U and V are read from the file at each use."""
+
+    U = property(lambda self: self._file[f"U/{self._name}"])
+    V = property(lambda self: self._file[f"V/{self._name}"])
+
+    def __init__(self, file: TensorFile, name: str, S: Tensor, energy: Tensor, facts: Mapping[str, Any]) -> None:
+        known = {"S": S, "energy": energy} | {key: facts[key] for key in ("solver", "iterations", "excess")}
+        self.__dict__.update(known, _file=file, _name=name)
+
+
+class StoredLayer(LayerUpdate):
+    """A layer of a file; its averaged factors are read at each use."""
+
+    _file: TensorFile
+    averaged = property(lambda self: self._averaged())
+
+    def __init__(self, file: TensorFile, f: StoredFactorization, spec: LayerSpec, total_rank: int) -> None:
+        self.__dict__.update(spec=spec, factorization=f, total_rank=total_rank, _file=file)
+        self.__dict__["bias"] = file.get(f"bias/{spec.name}")
+
+    def _averaged(self) -> tuple[Tensor, Tensor] | None:
+        keys = (f"B/{self.name}", f"A/{self.name}")
+        if keys[0] not in self._file:
+            return None
+        parts = self._file.read(keys)
+        return parts[keys[0]], parts[keys[1]]
+
+
 def load(path: Path) -> GlobalUpdate:
-    """Read what :func:`save` wrote."""
+    """Read what :func:`save` wrote. U, V and the extras are read from the file, which stays open, as they are used."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path} cannot be read as a global update: {error}") from error
-    if metadata.get("format") != FORMAT:
+        file = TensorFile(path, hold=True)
+    except AdapterError as error:
+        raise AdapterError(f"{path} cannot be read as a global update: {error.message}") from error
+    if file.metadata.get("format") != FORMAT:
         raise AdapterError(f"{path} is not a {FORMAT} file; give a file that GlobalUpdate.save wrote")
     try:
-        return _parse(json.loads(metadata["update"]), tensors)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return _parse(json.loads(file.metadata["update"]), file)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise AdapterError(f"{path} is damaged ({type(error).__name__}: {error}); aggregate the round again") from error
 
 
-def _parse(about: dict[str, Any], tensors: dict[str, Tensor]) -> GlobalUpdate:
+def _parse(about: dict[str, Any], file: TensorFile) -> GlobalUpdate:
+    extras = {key.removeprefix("extra/"): key for key in file if key.startswith("extra/")}
+    small = file.read([f"{part}/{name}" for name in about["layers"] for part in ("S", "energy")])
     return GlobalUpdate(
-        layer_updates={name: _load_layer(name, facts, tensors) for name, facts in about["layers"].items()},
-        extras={key.removeprefix("extra/"): tensor for key, tensor in tensors.items() if key.startswith("extra/")},
-        clients=[ClientRecord(**{**record, "extras": tuple(record["extras"])}) for record in about["clients"]],
+        layer_updates={name: _load_layer(name, facts, file, small) for name, facts in about["layers"].items()},
+        extras=file.renamed(extras) if extras else {},
+        clients=[_record(client, about["kinds"]) for client in about["clients"]],
         refused=[Refusal(**refusal) for refusal in about["refused"]],
         method=about["method"],
         seed=about["seed"],
@@ -72,43 +194,20 @@ def _parse(about: dict[str, Any], tensors: dict[str, Tensor]) -> GlobalUpdate:
     )
 
 
-def _layer_facts(layer: LayerUpdate) -> dict[str, Any]:
-    f = layer.factorization
-    return {
-        "spec": layer.spec.to_json(),
-        "total_rank": layer.total_rank,
-        "solver": f.solver,
-        "iterations": f.iterations,
-        "excess": f.excess,
-    }
+def _record(client: dict[str, Any], kinds: list[dict[str, Any]]) -> ClientRecord:
+    kind = kinds[client["kind"]]
+    extras = tuple(kind["extras"])
+    return ClientRecord(client["name"], client["weight"], kind["config"], kind["ranks"], extras, kind["dtype"])
 
 
-def _layer_tensors(layer: LayerUpdate) -> dict[str, Tensor]:
-    f = layer.factorization
-    parts = {"U": f.U, "S": f.S, "V": f.V, "energy": f.energy}
-    if layer.averaged is not None:
-        parts |= {"B": layer.averaged[0], "A": layer.averaged[1]}
-    if layer.bias is not None:
-        parts["bias"] = layer.bias
-    return {part: tensor.contiguous() for part, tensor in parts.items()}
-
-
-def _load_layer(name: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpdate:
-    def part(key: str) -> torch.Tensor:
-        return tensors[f"{key}/{name}"]
-
-    return LayerUpdate(
-        spec=LayerSpec.from_json(facts["spec"]),
-        factorization=Factorization(
-            part("U"),
-            part("S"),
-            part("V"),
-            part("energy"),
-            facts["solver"],
-            facts["iterations"],
-            facts["excess"],
-        ),
-        total_rank=facts["total_rank"],
-        averaged=(part("B"), part("A")) if f"B/{name}" in tensors else None,
-        bias=tensors.get(f"bias/{name}"),
-    )
+def _load_layer(name: str, facts: dict[str, Any], file: TensorFile, small: Mapping[str, Tensor]) -> LayerUpdate:
+    spec, S, energy = LayerSpec.from_json(facts["spec"]), small[f"S/{name}"], small[f"energy/{name}"]
+    count, k = S.shape
+    shapes = {"U": (count, spec.m, k), "V": (count, spec.n, k), "energy": (count,)}
+    for part, shape in shapes.items():
+        if file.entry(f"{part}/{name}").shape != shape:
+            raise ValueError(f"{part} of layer {name!r} has not shape {shape}")
+    layer = StoredLayer(file, StoredFactorization(file, name, S, energy, facts), spec, facts["total_rank"])
+    if f"B/{name}" in file:
+        file.entry(f"A/{name}")
+    return layer

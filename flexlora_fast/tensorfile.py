@@ -1,8 +1,9 @@
 """Tensors of a safetensors file, read by position when they are asked for.
 
-Nothing is mapped (touched pages of a mapping count as resident memory), nothing is cached, and no descriptor stays open
-between reads: a round may hold ten thousand files. The format: 8 bytes of header length N, N bytes of JSON from tensor
-name to dtype, shape and offsets, then the data without gaps (https://github.com/huggingface/safetensors).
+Nothing is mapped (touched pages of a mapping count as resident memory), nothing is cached, and unless asked for no
+descriptor stays open between reads: a round may hold ten thousand files. The format: 8 bytes of header length N, N
+bytes of JSON from tensor name to dtype, shape and offsets, then the data without gaps
+(https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -80,32 +81,31 @@ _indices: WeakValueDictionary[bytes, Index] = WeakValueDictionary()
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of one file by name: names, shapes and dtypes are known, values are read at each access.
 
-    ``names`` maps the names to go by to those in the file (default: as they are).
+    ``hold`` keeps the file open: it may then be moved, replaced or removed while it is in use.
 
     Raises ``AdapterError`` where the file cannot be read, contradicts itself, or (at each access) has changed since.
     """
 
-    __slots__ = ("_names", "_stamp", "index", "path")
+    __slots__ = ("_held", "_names", "_stamp", "index", "path")
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, hold: bool = False) -> None:
         self.path = os.fspath(path)
+        self._names: Mapping[str, str] | None = None
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                self._stamp = _stamp(os.fstat(descriptor))
-                self.index = _read_index(descriptor, self._stamp[1])
-            finally:
-                os.close(descriptor)
+            with open(self.path, "rb", buffering=0) as file:
+                self._stamp = _stamp(os.fstat(file.fileno()))
+                self.index = _read_index(file.fileno(), self._stamp[1])
+                self._held = _Held(os.dup(file.fileno())) if hold else None
         except (OSError, _BadFile) as error:
             raise AdapterError(
                 f"{self.path!r} is not a readable safetensors file ({error}); have it sent again"
             ) from error
-        self._names: Mapping[str, str] | None = None
 
     def renamed(self, names: Mapping[str, str]) -> TensorFile:
         """The same file with ``names`` (new to old) to go by; tensors without a new name are left out."""
         other = object.__new__(TensorFile)
-        other.path, other.index, other._stamp, other._names = self.path, self.index, self._stamp, names
+        other.path, other.index, other._names = self.path, self.index, names
+        other._stamp, other._held = self._stamp, self._held
         return other
 
     @property
@@ -155,20 +155,16 @@ class TensorFile(Mapping[str, Tensor]):
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            held = self._held or _Held(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
             raise AdapterError(
-                f"{self.path!r} cannot be read any more ({error.strerror}); files must stay until the round is finished"
+                f"{self.path!r} cannot be read any more ({error.strerror}); a file must stay while it is in use"
             ) from error
-        try:
-            if _stamp(os.fstat(descriptor)) != self._stamp:
-                raise AdapterError(
-                    f"{self.path!r} has changed since it was opened; files must stay as they are until the round is "
-                    "finished"
-                )
-            yield descriptor
-        finally:
-            os.close(descriptor)
+        if _stamp(os.fstat(held.descriptor)) != self._stamp:
+            raise AdapterError(
+                f"{self.path!r} has changed since it was opened; a file must stay as it is while it is in use"
+            )
+        yield held.descriptor
 
     def _fill(self, descriptor: int, start: int, views: list[memoryview]) -> None:
         """Fill the buffers from byte ``start`` of the data on; a system call may bring less than asked for."""
@@ -189,6 +185,16 @@ class TensorFile(Mapping[str, Tensor]):
                 left[0] = left[0][got:]
 
 
+class _Held:
+    """A descriptor that closes with the last one who holds it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -196,7 +202,13 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
 def _allocate(dtype: torch.dtype, shape: Sequence[int], nbytes: int) -> tuple[Tensor, memoryview]:
     """An uninitialised tensor and its bytes."""
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    return buffer.view(dtype).view(*shape) if shape else buffer.view(dtype).view(()), memoryview(buffer.numpy())
+    return buffer.view(dtype).view(*shape) if shape else buffer.view(dtype).view(()), _bytes_of(buffer)
+
+
+def _bytes_of(buffer: Tensor) -> memoryview:
+    """The memory of a contiguous uint8 tensor."""
+    array: Any = buffer.numpy()
+    return memoryview(array)
 
 
 def _runs(pending: list[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview]]]:
@@ -322,7 +334,7 @@ class TensorWriter:
         """Append a tensor."""
         tensor = tensor.detach().cpu().contiguous()
         raw = tensor.reshape(-1).view(torch.uint8)
-        self._file.write(memoryview(raw.numpy()))
+        self._file.write(_bytes_of(raw))
         code = next(code for code, dtype in DTYPES.items() if dtype == tensor.dtype)
         stop = self._at + raw.numel()
         self._entries[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [self._at, stop]}

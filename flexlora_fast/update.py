@@ -175,7 +175,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
     """
 
     layer_updates: dict[str, LayerUpdate]
-    extras: dict[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
     clients: list[ClientRecord] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     method: str = "flexlora"
@@ -343,7 +343,9 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
 
     @classmethod
     def load(cls, path: str | Path) -> GlobalUpdate:
-        """Read what ``save`` wrote. Raises ``AdapterError`` for a file that is none."""
+        """Read what ``save`` wrote; singular vectors and extras are read from the file, which stays open, when they are
+        used. Raises ``AdapterError`` for a file that is none.
+        """
         from flexlora_fast import storage
 
         return storage.load(Path(path))

@@ -12,8 +12,8 @@ from flexlora_fast.lowrank.solve import LARGEST
 from flexlora_fast.methods import Contribution
 from flexlora_fast.methods.averaging import update_norm
 
-# Norms below this, taken in float32, settle the matter: finite, so no entry is NaN or infinite, and with a scale below it
-# as well their product is below LARGEST.
+# Norms below this, taken in float32, settle the matter: they are finite, so no entry is NaN or infinite, and with a
+# scale below it as well their product is below LARGEST.
 _SAFE = 1e12
 
 

@@ -293,7 +293,7 @@ def test_saving_over_a_file_is_all_or_nothing(tmp_path: Path, monkeypatch: pytes
     def full(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("flexlora_fast.storage.save_file", full)
+    monkeypatch.setattr("flexlora_fast.tensorfile.TensorWriter.finish", full)
     with pytest.raises(OSError, match="disk full"):
         update().save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["u.safetensors"]

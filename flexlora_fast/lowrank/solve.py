@@ -57,13 +57,18 @@ def solve(
             result.iterations,
             result.excess,
         )
+    check_norm(result, name)
+    return result
+
+
+def check_norm(result: Factorization, name: str) -> None:
+    """Raise ``AdapterError`` where ΔW is too large for float32 adapters."""
     norm = float(result.energy.max().sqrt())
     if not norm < LARGEST:
         raise AdapterError(
             f"‖ΔW‖_F is {norm:.3g}, beyond what float32 factors can hold; look for a client with exploded factors",
             layer=name,
         )
-    return result
 
 
 def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float) -> Factorization:
@@ -78,13 +83,18 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float) -> Factor
     return solve_subspace(stack, k, key, tol, depth=1 if solver == "subspace" else None)
 
 
-def _rescaled(stack: Stack, name: str) -> tuple[Stack, float]:
-    """The stack, or one with unit columns and rows where float32 products of the factors could leave its range."""
+def in_range(stack: Stack, name: str) -> bool:
+    """Whether float32 products of the factors stay in its range. Raises ``AdapterError`` for NaN and infinities."""
     low, high = _RANGE
     largest = [float(X.abs().max()) for block in stack.blocks for X in (block.B, block.A)]
     if not all(x <= _FLOAT32_MAX for x in largest):  # an iteration on NaN never converges, and never ends
         raise AdapterError("a factor holds NaN, Inf or values beyond float32; refuse its client", layer=name)
-    if all(low < x < high for x in largest if x > 0) and all(x < high for x in stack.d.abs().tolist()):
+    return all(low < x < high for x in largest if x > 0) and all(x < high for x in stack.d.abs().tolist())
+
+
+def _rescaled(stack: Stack, name: str) -> tuple[Stack, float]:
+    """The stack, or one with unit columns and rows where float32 products of the factors could leave its range."""
+    if in_range(stack, name):
         return stack, 1.0
     P, c, Q = stack.equilibrated()
     top = float(c.abs().max())

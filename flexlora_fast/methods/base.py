@@ -45,12 +45,15 @@ class Method:
         output: "svd" hands out truncated SVDs of ΔW; "slice" hands out the first columns of the one averaged block
             as they are (methods that average factors keep their basis).
         gauge_invariant: whether (B·M, M⁻¹·A) gives the same result as (B, A).
+        folds: whether the blocks of some clients are the same alone as among the others, so that ΔW can be summed up
+            from groups of clients where a layer's factors do not fit in memory together.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     output: ClassVar[Literal["svd", "slice"]] = "svd"
     gauge_invariant: ClassVar[bool] = True
+    folds: ClassVar[bool] = False
 
     def blocks(self, contributions: Sequence[Contribution]) -> list[Block]:
         """The blocks whose sum Σ B·diag(d)·A is this method's ΔW for one layer."""

@@ -1,0 +1,89 @@
+"""The last part of a round: layers read ahead, solved, and handed on, to memory or to a file, while others run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flexlora_fast import config as configs
+from flexlora_fast import extras, files, storage
+from flexlora_fast.progress import track
+from flexlora_fast.readahead import ReadAhead
+from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate
+from flexlora_fast.work import Client, Work
+
+
+def to_memory(work: Work, frame: GlobalUpdate, budget: int, progress: bool | None) -> GlobalUpdate:
+    """``frame`` with the layers and extras of the round."""
+    layers: dict[str, LayerUpdate] = {}
+    start = time.perf_counter()
+    solve_layers(work, budget, lambda layer: layers.__setitem__(layer.name, layer), progress)
+    solved = time.perf_counter()
+    averages = {key: extras.average(key, work.clients) for key in extras.forms(work.clients)}
+    seconds = frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved}
+    return dataclasses.replace(frame, layer_updates=layers, extras=averages, seconds=seconds)
+
+
+def to_file(work: Work, frame: GlobalUpdate, budget: int, progress: bool | None, out: Path) -> GlobalUpdate:
+    """The same, each layer written to ``out`` as soon as it is solved. The file appears whole or not at all."""
+
+    def write(to: str) -> None:
+        specs, forms = [layer.spec for layer in work.plans], extras.forms(work.clients)
+        with storage.UpdateWriter(to, specs, forms, storage.about(frame)) as writer:
+            start = time.perf_counter()
+            solve_layers(work, budget, writer.add, progress)
+            solved = time.perf_counter()
+            for key in writer.extras:
+                writer.add_extra(key, extras.average(key, work.clients))
+            writer.finish(frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved})
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.replace(out, write)
+    return storage.load(out)
+
+
+def solve_layers(work: Work, budget: int, take: Callable[[LayerUpdate], None], progress: bool | None) -> None:
+    """Every layer in order: read ahead within ``budget`` bytes, solved here, and taken in a thread of its own."""
+    with ReadAhead(work.pieces(), budget) as pieces, ThreadPoolExecutor(1, "flexlora_fast-write") as writer:
+        pending: Future[None] | None = None
+        for layer in track(work.plans, "layers", progress):
+            update = work.solve_layer(layer, pieces)
+            if pending is not None:
+                pending.result()  # at most one layer waits, and an error stops the round
+            pending = writer.submit(take, update)
+        if pending is not None:
+            pending.result()
+
+
+def record(client: Client) -> ClientRecord:
+    """What the update remembers of a client; clients of one skeleton share its config and ranks."""
+    skeleton = client.source.skeleton
+    return ClientRecord(
+        client.name, client.share, skeleton.config, skeleton.ranks, tuple(skeleton.extra_keys), skeleton.dtype
+    )
+
+
+def template(clients: Sequence[Client]) -> dict[str, Any]:
+    """The first client's config, widened to target every layer of the round, with every client's extras."""
+    skeletons = list({id(client.source.skeleton): client.source.skeleton for client in clients}.values())
+    widened = clients[0].source.config
+    paths = {spec.pattern_name for skeleton in skeletons for spec in skeleton.specs.values()}
+    for key in ("target_modules", "target_parameters", "modules_to_save"):
+        values = [skeleton.config.get(key) for skeleton in skeletons]
+        if all(value == values[0] for value in values):
+            continue
+        if all(value is None or isinstance(value, list) for value in values):
+            widened[key] = sorted({item for value in values for item in value or []})
+        else:  # regexes or "all-linear" beside lists: name the modules themselves
+            widened[key] = sorted(paths)
+    if any(skeleton.config.get("lora_bias") for skeleton in skeletons):
+        widened["lora_bias"] = True
+    if not all(configs.targets(widened, path) for path in paths):  # clients chose by other rules, layer by layer
+        widened |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+        if not all(configs.targets(widened, path) for path in paths):
+            widened["target_modules"] = sorted(paths)
+    return widened

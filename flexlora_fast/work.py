@@ -1,0 +1,257 @@
+"""The work of a round, layer by layer: planned from shapes alone, then read, checked and solved."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flexlora_fast import memory, values
+from flexlora_fast.adapter import Adapter
+from flexlora_fast.errors import FlexLoRAError, OptionError
+from flexlora_fast.layouts import LayerSpec
+from flexlora_fast.lowrank import plan
+from flexlora_fast.lowrank.accumulate import Accumulator
+from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.lowrank.solve import solve
+from flexlora_fast.methods import Contribution, Method
+from flexlora_fast.precision import full_precision
+from flexlora_fast.skeleton import Skeleton
+from flexlora_fast.stack import Stack
+from flexlora_fast.update import LayerUpdate
+
+_READ_AHEAD = 64 * 1024**2  # bytes that are read ahead at least, where the limit has room for them
+
+
+@dataclass
+class Client:
+    """One accepted client.
+
+    ``adapter``: as the round reads it. ``source``: as it came; they differ where a file's tensors are kept in memory.
+    ``checked``: whether its values are known to be good. ``share``: its weight, normalised.
+    """
+
+    name: str
+    adapter: Adapter
+    weight: float
+    source: Adapter
+    checked: bool
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an :class:`~flexlora_fast.Aggregator` was made with, as far as layers are concerned."""
+
+    rank: int | None
+    method: Method
+    solver: str
+    tol: float
+    device: torch.device
+    seed: int
+    missing: str
+    limit: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer is solved.
+
+    ``total_rank``: R. ``rank``: columns wanted. ``folded``: clients come in pieces that are added to a dense ΔW.
+    ``held``: bytes of the largest piece as read (of all factors where not folded). ``scratch``: bytes beside it.
+    """
+
+    spec: LayerSpec
+    total_rank: int
+    rank: int
+    folded: bool
+    held: int
+    scratch: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What was read of one layer: of some clients their contributions and biases of B. ``last``: none is to come."""
+
+    clients: Sequence[Client]
+    contributions: list[Contribution]
+    biases: list[Tensor | None]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Work:
+    """All layers of a round, planned; ``pieces`` reads and ``solve_layer`` solves them.
+
+    Raises ``OptionError`` at once for a layer that does not fit the memory limit in any way.
+    """
+
+    clients: Sequence[Client]  # of positive weight, in canonical order
+    settings: Settings
+    plans: list[LayerPlan] = field(init=False)
+
+    def __post_init__(self) -> None:
+        skeletons = {id(client.adapter.skeleton): client.adapter.skeleton for client in self.clients}
+        counts = Counter(id(client.adapter.skeleton) for client in self.clients)
+        layers = sorted({layer for skeleton in skeletons.values() for layer in skeleton.specs})
+        plans = [plan_layer(x, [(s, counts[i]) for i, s in skeletons.items()], self.settings) for x in layers]
+        object.__setattr__(self, "plans", plans)
+
+    @property
+    def scratch(self) -> int:
+        """Bytes that solving needs beside what was read."""
+        return max(p.scratch for p in self.plans)
+
+    @property
+    def ahead(self) -> int:
+        """Bytes that it is useful to have read: what is in use, and as much again."""
+        return max(2 * max(p.held for p in self.plans), _READ_AHEAD)
+
+    # -- reading ---
+
+    def pieces(self) -> Iterator[tuple[int, Callable[[], Piece]]]:
+        """What is to be read in the order of solving: its bytes in memory that is not held already, and how."""
+        for layer in self.plans:
+            having = [client for client in self.clients if layer.spec.name in client.adapter.skeleton.specs]
+            total = math.fsum(client.share for client in having) if self.settings.missing == "renormalize" else 1.0
+            for group, last in _groups(layer, having):
+                nbytes = sum(_bytes(client, layer) for client in group if client.adapter.on_disk)
+                yield nbytes, partial(_read, layer.spec.name, group, total, last)
+
+    # -- solving ---
+
+    @full_precision()
+    def solve_layer(self, layer: LayerPlan, pieces: Iterator[Piece]) -> LayerUpdate:
+        """Take the layer's pieces and solve it. Raises ``AdapterError`` naming client and layer for bad values."""
+        bias = _Bias()
+        if layer.folded:
+            result, averaged = self._fold(layer, pieces, bias), None
+            total_rank = layer.total_rank
+        else:
+            result, averaged, total_rank = self._whole(layer, next(pieces), bias)
+        return LayerUpdate(layer.spec, _to_cpu(result), total_rank, averaged, bias.mean)
+
+    def _whole(
+        self, layer: LayerPlan, piece: Piece, bias: _Bias
+    ) -> tuple[Factorization, tuple[Tensor, Tensor] | None, int]:
+        of, spec = self.settings, layer.spec
+        stack = self._stack(spec, piece, bias)
+        result = solve(stack, layer.rank, solver=of.solver, tol=of.tol, seed=of.seed, name=spec.name)
+        averaged = None
+        if of.method.output == "slice":
+            averaged = (stack.P.cpu(), stack.Q.cpu())  # whole: the error of a slice is what it leaves behind
+        return result, averaged, stack.R
+
+    def _fold(self, layer: LayerPlan, pieces: Iterator[Piece], bias: _Bias) -> Factorization:
+        of, spec = self.settings, layer.spec
+        total = Accumulator(spec.m, spec.n, spec.experts, of.device)
+        last = False
+        while not last:
+            last = self._add(total, spec, next(pieces), bias)
+        rank = min(layer.rank, layer.total_rank, spec.m, spec.n)
+        return total.solve(rank, tol=of.tol, seed=of.seed, name=spec.name)
+
+    def _add(self, total: Accumulator, spec: LayerSpec, piece: Piece, bias: _Bias) -> bool:
+        total.add(self._stack(spec, piece, bias), spec.name)
+        return piece.last
+
+    def _stack(self, spec: LayerSpec, piece: Piece, bias: _Bias) -> Stack:
+        """Check what was read, and put it side by side."""
+        contributions = []
+        for client, c, b in zip(piece.clients, piece.contributions, piece.biases, strict=True):
+            if not client.checked:
+                keys = client.adapter.skeleton.keys_of(spec.name)
+                values.check_layer(c.A, c.B, b, c.scale, keys=keys, client=c.client, layer=spec.name)
+            bias.add(c, b)
+            A, B = c.A.to(self.settings.device), c.B.to(self.settings.device)
+            contributions.append(Contribution(c.client, A, B, c.scale, c.weight))
+        return Stack(self.settings.method.blocks(contributions), spec.m, spec.n, spec.experts)
+
+
+def _read(layer: str, clients: Sequence[Client], total: float, last: bool) -> Piece:
+    contributions, biases = [], []
+    for client in clients:
+        try:
+            A, B, bias = client.adapter.factors_and_bias(layer)
+        except FlexLoRAError as error:
+            raise error.at(client=client.name, layer=layer) from None
+        contributions.append(Contribution(client.name, A, B, client.adapter.scale(layer), client.share / total))
+        biases.append(bias)
+    return Piece(clients, contributions, biases, last)
+
+
+def plan_layer(name: str, skeletons: Sequence[tuple[Skeleton, int]], of: Settings) -> LayerPlan:
+    """Choose between all factors at once and a dense ΔW from pieces, by the shapes of all clients that have the layer.
+
+    The planner's own choice stands wherever it fits the limit, so that results do not depend on it. Where it chooses
+    "dense", pieces are as fast as all at once and need less memory.
+    """
+    having = [(s, count) for s, count in skeletons if name in s.specs]
+    spec = having[0][0].specs[name]
+    widest = max(s.ranks[name] for s, _ in having)
+    total_rank = sum(s.ranks[name] * count for s, count in having)
+    nbytes = sum(s.layer_bytes[name] * count for s, count in having)
+    rank = of.rank or widest
+    columns = total_rank if of.method.output == "svd" else widest
+    shape = plan.Shape(spec.m, spec.n, columns, min(rank, columns, spec.m, spec.n), of.tol, spec.experts)
+    solver = plan.choose(shape) if of.solver == "auto" else of.solver
+    scratch = memory.scratch(solver, shape)
+    if of.method.folds:
+        piece = memory.piece_bytes(nbytes, total_rank, widest)
+        folded = LayerPlan(spec, total_rank, rank, True, piece, memory.scratch_folded(shape, widest))
+        if folded.held + folded.scratch <= of.limit and (solver == "dense" or nbytes + scratch > of.limit):
+            return folded
+        least = min(nbytes + scratch, folded.held + folded.scratch)
+    else:
+        least = nbytes + scratch
+    if nbytes + scratch > of.limit:
+        fold = "" if of.method.folds else f" (method {of.method.name!r} takes all clients of a layer at once)"
+        raise OptionError(
+            f"a layer of {spec.m} outputs and {spec.n} inputs with R = {total_rank} needs {memory.show(least)}{fold}, "
+            f"and memory_limit is {memory.show(of.limit)}; raise it",
+            layer=name,
+        )
+    return LayerPlan(spec, total_rank, rank, False, nbytes, scratch)
+
+
+def _groups(layer: LayerPlan, clients: Sequence[Client]) -> Iterator[tuple[list[Client], bool]]:
+    """Neighbours in canonical order, and whether they are the last: all clients, or as many as have
+    ``memory.PIECE_COLUMNS`` together.
+    """
+    group, columns = list[Client](), 0
+    for client in clients:
+        if layer.folded and columns >= memory.PIECE_COLUMNS:
+            yield group, False
+            group, columns = [], 0
+        group.append(client)
+        columns += client.adapter.skeleton.ranks[layer.spec.name]
+    yield group, True
+
+
+def _bytes(client: Client, layer: LayerPlan) -> int:
+    return client.adapter.skeleton.layer_bytes[layer.spec.name]
+
+
+class _Bias:
+    """Σ w·s·b over the clients' lora_B.bias: it is applied times the scale, so it is an update like s·B·A."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+
+    def add(self, c: Contribution, bias: Tensor | None) -> None:
+        if bias is not None:
+            term = c.weight * c.scale * bias.double().cpu()
+            self._total = term if self._total is None else self._total + term
+
+    @property
+    def mean(self) -> Tensor | None:
+        return None if self._total is None else self._total.float()
+
+
+def _to_cpu(f: Factorization) -> Factorization:
+    return Factorization(f.U.cpu(), f.S.cpu(), f.V.cpu(), f.energy.cpu(), f.solver, f.iterations, f.excess)
