@@ -6,7 +6,7 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from flexlora_fast import __version__, inputs, methods, outputs, tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import MISSING, Aggregator
-from flexlora_fast.errors import EmptyRoundError, FlexLoRAError, OptionError, RankError, WeightError
+from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError, OptionError, RankError, WeightError
 from flexlora_fast.factors import SPLITS
 from flexlora_fast.inputs import Source
 from flexlora_fast.inspection import Inspection
@@ -116,6 +116,10 @@ def aggregate(
     ] = "keep",
     seed: Annotated[int, typer.Option(help="Of the iterative solvers' test matrices.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1 … Default: cpu.")] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory that the round works in, such as 2GiB. Default: half the machine's."),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail, and write nothing, if any client is refused.")
     ] = False,
@@ -142,15 +146,24 @@ def aggregate(
     with _failures():
         loaded, refused = _load(sources, shares)
         keep = rank if rank is not None else _needed(wanted, [a for _, a, _ in loaded] if per_client else [])
+
+        def fresh(read: Any) -> Aggregator:
+            limited = {"memory_limit": memory_limit, "read": read, "missing": gap}
+            return _filled(Aggregator(keep, method, solver, tol, device, seed, **limited), loaded, refused, strict)
+
         with _usage():
-            round_ = Aggregator(keep, method, solver, tol, device, seed, missing=gap)
-        update = _solve(round_, loaded, refused, strict)
+            round_ = fresh("finish")
+        absent = [name for name, _, weight in loaded if weight == 0 and name in round_.clients]
+        if absent:
+            _note(f"weight 0, so absent from the round and without an adapter: {', '.join(absent)}")
         with outputs.staged(out) as folder:
+            update = _finished(round_, fresh, folder / outputs.UPDATE_NAME)
             document = outputs.write(update, folder, ranks=wanted, per_client=per_client, **writing)
+            report = Report(update, document["ranks"])
     if as_json:
         _print_json(document | {"out": str(out)})
         return
-    _show(Report(update, document["ranks"]).view(full or None))
+    _show(report.view(full or None))
     print(f"written to {tables.clean(out)}")
 
 
@@ -226,7 +239,7 @@ def bench(
 def _load(
     sources: Sequence[Source], weights: Sequence[float]
 ) -> tuple[list[tuple[str, Adapter, float]], list[Refusal]]:
-    """The adapters that can be read, and the refusals of the others. Tensors stay mapped until they are used."""
+    """The adapters that can be read, and the refusals of the others. Tensors stay in their files."""
     loaded, refused = [], []
     for i, source in enumerate(track(sources, "clients")):
         try:
@@ -236,9 +249,10 @@ def _load(
     return loaded, refused
 
 
-def _solve(
+def _filled(
     round_: Aggregator, loaded: list[tuple[str, Adapter, float]], refused: list[Refusal], strict: bool
-) -> GlobalUpdate:
+) -> Aggregator:
+    """The round with every client in it that can be used."""
     round_.refused.extend(refused)
     for name, adapter, weight in loaded:
         with contextlib.suppress(FlexLoRAError):  # noted in round_.refused
@@ -250,17 +264,26 @@ def _solve(
         raise EmptyRoundError(
             f"{len(round_.refused)} of {len(loaded) + len(refused)} clients refused and {why}; nothing was written"
         )
-    absent = [name for name, _, weight in loaded if weight == 0 and name in round_.clients]
-    if absent:
-        _note(f"weight 0, so absent from the round and without an adapter: {', '.join(absent)}")
-    return round_.finish()
+    return round_
+
+
+def _finished(round_: Aggregator, fresh: Callable[[str], Aggregator], path: Path) -> GlobalUpdate:
+    """The update, written to ``path``. Files are read once; only where a client's values turn out bad are those of all
+    looked at first and the round starts again, as if the bad ones had never come.
+    """
+    try:
+        return round_.finish(path)
+    except AdapterError as error:
+        if error.client is None:
+            raise
+    return fresh("add").finish(path)
 
 
 def _needed(ranks: Sequence[int], adapters: Sequence[Adapter]) -> int | None:
     """Columns to keep so that all adapters can be written; None leaves it to the round (each layer's largest)."""
     if not ranks:
         return None
-    return max([*ranks, *(adapter.rank(layer) for adapter in adapters for layer in adapter.layers)])
+    return max([*ranks, *(rank for adapter in adapters for rank in adapter.skeleton.ranks.values())])
 
 
 def _ranks(text: str | None, distinct: bool = True) -> list[int]:

@@ -8,6 +8,7 @@ from flexlora_fast import tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import aggregate
 from flexlora_fast.report import LISTED, Report, grouped, shape
+from flexlora_fast.skeleton import Form
 from flexlora_fast.tables import number
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Inspection:
                 | {
                     "rank": self.adapter.rank(layer),
                     "scale": self.adapter.scale(layer),
-                    "dtype": _name(self.adapter.factors(layer)[0].dtype),
+                    "dtype": _name(self._form(self.adapter.spec(layer).a_key).dtype),
                 }
                 | {key: row[key] for key in ("norm", "effective_rank", "stable_rank", "solver")}
                 | {"spectrum": self.update[layer].S.tolist()}
@@ -75,9 +76,12 @@ class Inspection:
     def extras(self) -> list[dict[str, Any]]:
         """What is not a low-rank pair: key, shape, dtype."""
         return [
-            {"key": key, "shape": list(tensor.shape), "dtype": _name(tensor.dtype)}
-            for key, tensor in self.adapter.extras.items()
+            {"key": key, "shape": list(self._form(key).shape), "dtype": _name(self._form(key).dtype)}
+            for key in self.adapter.extras
         ]
+
+    def _form(self, key: str) -> Form:
+        return self.adapter.skeleton.forms[key]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-able values."""

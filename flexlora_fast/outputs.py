@@ -90,7 +90,8 @@ def write(
         written["ranks"][str(rank)] = f"rank-{rank}"
     if per_client:
         written["clients"] = _write_clients(update, folder / "clients", split, dtype, progress)
-    update.save(folder / UPDATE_NAME)
+    if not (folder / UPDATE_NAME).exists():  # `finish(out=...)` may have written it there
+        update.save(folder / UPDATE_NAME)
     sent = {rank for client in update.clients for rank in client.ranks.values()} if per_client else set()
     report = Report(update, sent.union(ranks))
     document = report.to_dict() | {"adapters": written}
