@@ -11,13 +11,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := peft,test,demo,bench
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
+BENCH := $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,rounds
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all check demo bench calibrate clean
+.PHONY: help venv test test-all check demo bench bench-quick calibrate clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.built  ## .venv with the pinned dependencies and this checkout, editable, its extension built
 
@@ -57,8 +58,15 @@ test-all: check  ## The same with the slow tests
 demo: venv .demo-data/.downloaded  ## Federated fine-tuning with mixed ranks, start to end, on this machine
 	$(BIN)/python -m examples.demo
 
-bench: venv  ## Speed against peers, on all cores
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/cpu.json
+bench: venv .demo-data/.downloaded  ## Speed against peers, on all cores: results, plots and the README's tables
+	$(BENCH) --benchmark-json=benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.table
+
+# One thread: it shows that the suite runs, and its times say nothing.
+bench-quick: venv  ## The same suite at small sizes, in about a minute
+	OMP_NUM_THREADS=1 $(BENCH) --quick --benchmark-json=.bench-data/quick.json
+	$(BIN)/python -m benchmarks.table --print .bench-data/quick.json
 
 calibrate: venv  ## Measure this machine for the planner's cost model
 	$(BIN)/python -m flexlora_fast.lowrank.calibrate

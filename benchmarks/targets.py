@@ -1,0 +1,113 @@
+"""What was set out to be reached, and what a run measured: computed from the results file, misses included."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from benchmarks.peers import OURS
+
+DENSE = "dense + linalg.svd"
+# Excesses below this are the same: float32 does not resolve them.
+_SAME = 1e-6
+# Least ratio of a full SVD's time to ours, and of the fastest peer's that is as accurate.
+_OVER_DENSE = {"silo": 400, "device": 150, "flat": 100, "paper": 8}
+_OVER_PEERS = {"silo": 4, "device": 4, "wide": 4, "paper": 4}
+_REGRET = 1.5
+
+Results = dict[str, Any]
+
+
+class Check(NamedTuple):
+    """``reached`` is None where nothing was measured."""
+
+    name: str
+    target: str
+    measured: str
+    reached: bool | None
+
+
+def rows(results: Results, kind: str) -> list[dict[str, Any]]:
+    """The extra_info of the benchmarks of one kind."""
+    found = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
+    return [row for row in found if row.get("kind") == kind]
+
+
+def one(results: Results, kind: str, workload: str) -> dict[str, Any] | None:
+    return next((row for row in rows(results, kind) if row.get("workload") == workload), None)
+
+
+def as_accurate(row: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the peers whose excess is equal to ours or better."""
+    bound = max(row["methods"][OURS]["excess"], _SAME)
+    return {
+        name: method["seconds"] for name, method in row["methods"].items() if name != OURS and method["excess"] <= bound
+    }
+
+
+def over_dense(results: Results, workload: str, target: float) -> Check:
+    name, goal = f"{workload}: over {DENSE}", f"≥ {target:g}×"
+    row = one(results, "layer", workload)
+    if row is None or DENSE not in row["methods"]:
+        return Check(name, goal, "not measured", None)
+    ratio = row["methods"][DENSE]["seconds"] / row["methods"][OURS]["seconds"]
+    return Check(name, goal, f"{ratio:.3g}×", ratio >= target)
+
+
+def over_peers(results: Results, workload: str, target: float) -> Check:
+    name, goal = f"{workload}: over the fastest peer as accurate", f"≥ {target:g}×"
+    row = one(results, "layer", workload)
+    peers = as_accurate(row) if row else {}
+    if row is None or not peers:
+        return Check(name, goal, "not measured", None)
+    best = min(peers, key=peers.__getitem__)
+    ratio = peers[best] / row["methods"][OURS]["seconds"]
+    return Check(name, goal, f"{ratio:.3g}× ({best})", ratio >= target)
+
+
+def round_checks(results: Results, workload: str = "round-7b") -> list[Check]:
+    """Memory, wall time against the floors in both states of the page cache, and against the in-memory path."""
+    row = one(results, "round", workload)
+    checks = []
+    for state in ("cold", "warm"):
+        found = row and row["states"][state]
+        name, goal = f"{workload}, {state}: wall", "≤ 1.5 × max(read, compute)"
+        if not found or found["compute_floor"] is None:
+            checks.append(Check(name, goal, "not measured", None))
+            continue
+        floor = max(found["read_floor"], found["compute_floor"])
+        text = (
+            f"{found['seconds'] / floor:.3g} × ({found['seconds']:.3g} s; read {found['read_floor']:.3g} s, "
+            f"compute {found['compute_floor']:.3g} s)"
+        )
+        checks.append(Check(name, goal, text, found["seconds"] <= 1.5 * floor))
+    peaks = [found["peak_bytes"] for found in row["states"].values()] if row else [None]
+    name, goal = f"{workload}: peak resident memory", "≤ 2 GiB"
+    if None in peaks:
+        checks.append(Check(name, goal, "not measured", None))
+    else:
+        checks.append(Check(name, goal, f"{max(peaks) / 2**30:.2f} GiB", max(peaks) <= 2 * 2**30))
+    name, goal = f"{workload}, warm: a layer against the in-memory path", "≤ 1.2 ×"
+    if row is None:
+        return [*checks, Check(name, goal, "not measured", None)]
+    ratio = row["states"]["warm"]["seconds"] / row["in_memory_seconds"]
+    return [*checks, Check(name, goal, f"{ratio:.3g} ×", ratio <= 1.2)]
+
+
+def regret_check(results: Results) -> Check:
+    found = rows(results, "planner")
+    name, goal = "planner: time of its choice over the best solver's, worst workload", f"≤ {_REGRET:g} ×"
+    if not found:
+        return Check(name, goal, "not measured", None)
+    worst = max(found, key=lambda row: row["regret"])
+    text = f"{worst['regret']:.3g} × ({worst['workload']}: {worst['chosen']} chosen, {worst['best']} best)"
+    return Check(name, goal, text, worst["regret"] <= _REGRET)
+
+
+def checks(results: Results) -> list[Check]:
+    """Every target with what was measured."""
+    return [
+        *(over_dense(results, workload, target) for workload, target in _OVER_DENSE.items()),
+        *(over_peers(results, workload, target) for workload, target in _OVER_PEERS.items()),
+        *round_checks(results),
+        regret_check(results),
+    ]
