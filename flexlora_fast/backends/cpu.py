@@ -49,7 +49,8 @@ def matmul(
     a, b = [A] if isinstance(A, Tensor) else list(A), [B] if isinstance(B, Tensor) else list(B)
     if usable(precision):
         assert _native.extension is not None
-        return _native.extension.matmul(a, joined[0], b, joined[1], precision, symmetric, scale, out)
+        product = _native.extension.matmul(a, joined[0], b, joined[1], precision, symmetric, scale, out)
+        return product.contiguous()  # some come out transposed, and torch's sums depend on the strides of its inputs
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     left = torch.cat([x.to(dtype).float() for x in a], dim=joined[0])
     right = torch.cat([x.to(dtype).float() for x in b], dim=joined[1])
@@ -71,10 +72,58 @@ def materialize(stack: Stack, out: Tensor | None = None) -> Tensor:
     if not takes(stack):
         return reference.materialize(stack, out)
     if out is None:
-        out = torch.zeros(stack.batch, stack.m, stack.n)
-    sixteen = all(X.dtype == torch.bfloat16 for block in stack.blocks for X in (block.B, block.A))
-    precision: Precision = "bfloat16" if sixteen and usable("bfloat16") else "float32"
+        out = torch.zeros(stack.batch, stack.m, stack.n, dtype=torch.float32)
+    precision = _precision(stack)
     for i in range(stack.batch):
         B, A = [block.B[i] for block in stack.blocks], [block.A[i] for block in stack.blocks]
         matmul(B, A, precision=precision, scale=stack.d, out=out[i])
     return out
+
+
+def gram(stack: Stack) -> tuple[Tensor, Tensor]:
+    """The two Grams PᵀP and QQᵀ, each (b, R, R) float32, as ``reference.gram``; exact products of bfloat16 factors."""
+    if not takes(stack):
+        return reference.gram(stack)
+    precision = _precision(stack)
+    left, right = [], []
+    for i in range(stack.batch):
+        B, A = [block.B[i] for block in stack.blocks], [block.A[i] for block in stack.blocks]
+        left.append(matmul([b.mT for b in B], B, precision=precision, symmetric=True, joined=(0, 1)))
+        right.append(matmul(A, [a.mT for a in A], precision=precision, symmetric=True, joined=(0, 1)))
+    return _stacked(left), _stacked(right)
+
+
+def project(stack: Stack, X: Tensor) -> Tensor:
+    """ΔW·X for X (b, n, l) float32 -> (b, m, l) float32, as ``reference.project``."""
+    if not takes(stack):
+        return reference.project(stack, X)
+    d = stack.d.float().unsqueeze(1)
+    inner = [matmul([block.A[i] for block in stack.blocks], x, joined=(0, 0)) for i, x in enumerate(X)]
+    return combine(stack, _stacked([z * d for z in inner]))
+
+
+def combine(stack: Stack, Z: Tensor) -> Tensor:
+    """P·Z for Z (b, R, l) float32 -> (b, m, l) float32: combinations of the clients' columns."""
+    if not takes(stack):
+        return stack.P @ Z
+    return _stacked([matmul([block.B[i] for block in stack.blocks], z) for i, z in enumerate(Z)])
+
+
+def project_t(stack: Stack, Y: Tensor) -> Tensor:
+    """ΔWᵀ·Y for Y (b, m, l) float32 -> (b, n, l) float32, as ``reference.project_t``."""
+    if not takes(stack):
+        return reference.project_t(stack, Y)
+    d = stack.d.float().unsqueeze(1)
+    inner = [matmul([block.B[i].mT for block in stack.blocks], y, joined=(0, 0)) for i, y in enumerate(Y)]
+    return _stacked([matmul([block.A[i].mT for block in stack.blocks], z * d) for i, z in enumerate(inner)])
+
+
+def _stacked(matrices: list[Tensor]) -> Tensor:
+    """(b, …) without a copy where b is 1."""
+    return matrices[0].unsqueeze(0) if len(matrices) == 1 else torch.stack(matrices)
+
+
+def _precision(stack: Stack) -> Precision:
+    """bfloat16 where all factors are, whose products are then exact; otherwise float32."""
+    sixteen = all(X.dtype == torch.bfloat16 for block in stack.blocks for X in (block.B, block.A))
+    return "bfloat16" if sixteen and usable("bfloat16") else "float32"

@@ -38,7 +38,7 @@ class Accumulator:
             assert self._exponent is not None
             factor = math.ldexp(1.0, -self._exponent)
             blocks = [dataclasses.replace(block, d=block.d * factor) for block in stack.blocks] if factor != 1 else None
-            self._D += cpu.materialize(Stack(blocks, stack.m, stack.n, stack.batch) if blocks else stack)
+            cpu.materialize(Stack(blocks, stack.m, stack.n, stack.batch) if blocks else stack, out=self._D)
             return
         P, c, Q = stack.equilibrated()
         top = float(c.abs().max())

@@ -1,7 +1,7 @@
-"""Solvers that read the factors once: both Grams, then everything in R×R float64.
+"""The exact solver: both Grams of the factors, then everything in R×R float64.
 
 With P = U_P·L₁ᵀ and Q = L₂·U_Qᵀ (Cholesky factors L₁L₁ᵀ = PᵀP, L₂L₂ᵀ = QQᵀ), ΔW = U_P·C·U_Qᵀ with the R×R core
-C = L₁ᵀ·diag(c)·L₂, so C has ΔW's singular values. The exact solver takes C's SVD; the Krylov solver iterates on it.
+C = L₁ᵀ·diag(c)·L₂, so C has ΔW's singular values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 from flexlora_fast.backends import reference
 from flexlora_fast.lowrank.dense import dense64
 from flexlora_fast.lowrank.factorization import Factorization, finish
-from flexlora_fast.lowrank.krylov import Operator, block_krylov
 from flexlora_fast.stack import Stack
 
 
@@ -112,22 +111,3 @@ def _safe_inverse(S: Tensor) -> Tensor:
     """1/S as (b, 1, k), zero where S is zero to rounding of its square (σ ≲ 1e-8·σ₁ is noise here)."""
     floor = 1e-8 * S.amax(dim=-1, keepdim=True)
     return torch.where(floor < S, 1 / S, torch.zeros_like(S)).unsqueeze(1)
-
-
-def solve_krylov(stack: Stack, k: int, key: int, tol: float) -> Factorization:
-    """Block Krylov inside the R×R core: the factors are read for the Grams and once more for k columns."""
-    core = core_of(stack)
-    R = stack.R
-    op = Operator(
-        R,
-        R,
-        stack.batch,
-        lambda X: core.C @ X,
-        lambda Y: core.C.mT @ Y,
-        core.energy,
-        torch.float64,
-        stack.device,
-    )
-    t = block_krylov(op, min(k, R), tol, key)
-    U, V = core.expand(t.left * _safe_inverse(t.S), t.V)
-    return Factorization(*finish(U, t.S, V, key), core.energy, "krylov", t.steps, t.excess)

@@ -51,7 +51,7 @@ class Triplets:
 
 # Columns of a block as a share of k. Halves need fewer columns in all than whole ones for the same excess (k = 200,
 # σ ∝ 1/j: 400 columns against 612 for 1e-3). A block of l can miss further copies of a singular value repeated more
-# than l times, which `_Stopping.clustered` notices and a second random block of l (2·l ≥ k) cures.
+# than l times, which `Stopping.clustered` notices and a second random block of l (2·l ≥ k) cures.
 _BLOCK_SHARE = 0.5
 _EXTRA_COLUMNS = 4
 # A run of a block's width of Ritz values this close to each other may be a repeated value.
@@ -88,7 +88,7 @@ def block_krylov(op: Operator, k: int, tol: float, key: int, *, depth: int | Non
     image = op.apply(basis)
     core = _gram64(image, image)
     image64, last_image, restarted, noise = image.double(), image, False, torch.finfo(op.dtype).eps
-    stop = _Stopping(op.energy, k, tol, _RESOLUTION[op.dtype], 0.0 if depth is None else _RESTARTED_RATIO)
+    stop = Stopping(op.energy, k, tol, _RESOLUTION[op.dtype], 0.0 if depth is None else _RESTARTED_RATIO)
     steps = 0
     while basis.shape[2] < limit:
         steps += 1
@@ -211,7 +211,7 @@ def _grow(core: Tensor, image: Tensor, last: Tensor) -> Tensor:
     return torch.cat([top, torch.cat([side.mT, last.mT @ last], dim=2)], dim=1)
 
 
-class _Stopping:
+class Stopping:
     """Decides when the captured energy is close enough to the most that rank k can capture."""
 
     def __init__(self, energy: Tensor, k: int, tol: float, resolution: float, slowest: float) -> None:

@@ -6,9 +6,10 @@ import torch
 
 from flexlora_fast.errors import AdapterError, OptionError
 from flexlora_fast.lowrank import plan
+from flexlora_fast.lowrank.core import Unresolved, solve_krylov
 from flexlora_fast.lowrank.dense import solve_dense, solve_svd
 from flexlora_fast.lowrank.factorization import Factorization
-from flexlora_fast.lowrank.gram import solve_gram, solve_krylov
+from flexlora_fast.lowrank.gram import solve_gram
 from flexlora_fast.lowrank.random import stream
 from flexlora_fast.lowrank.subspace import solve_subspace
 from flexlora_fast.stack import Block, Stack
@@ -77,7 +78,10 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float) -> Factor
     if solver == "svd":
         return solve_svd(stack, k, key)
     if solver == "krylov":
-        return solve_krylov(stack, k, key, tol)
+        try:
+            return solve_krylov(stack, k, key, tol)
+        except Unresolved:  # nearly dependent factors: the result says which solver took over
+            return solve_gram(stack, k, key)
     if solver == "dense":
         return solve_dense(stack, k, key, tol)
     return solve_subspace(stack, k, key, tol, depth=1 if solver == "subspace" else None)
