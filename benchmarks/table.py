@@ -136,7 +136,7 @@ def section(results: Results) -> str:
     parts = [
         f"Measured at commit {results['commit_info']['id']} on {machine['cpu']} ({machine['isa']}, "
         f"{machine['threads']} threads, torch {machine['packages']['torch']}): {rate:.0f} Gflop/s in float32 products, "
-        f"{copy:.0f} GB/s in copies. Medians of runs in alternation; in brackets how many times ours. Excess is to "
+        f"{copy:.0f} GB/s in copies. Medians of runs in alternation; in brackets how many times ours. Excess is over "
         "the best rank-k in float64, printed above 1e-4. Peak memory is what a method needs beyond its inputs; the "
         "limit is the slower of its flops at that rate and its traffic at that bandwidth.",
         layer_table(results),
