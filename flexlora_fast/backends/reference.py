@@ -47,7 +47,7 @@ def project_t(stack: Stack, Y: Tensor) -> Tensor:
 
 
 def materialize(stack: Stack, out: Tensor | None = None) -> Tensor:
-    """The dense ΔW (b, m, n) float32, or ``out`` with it added, accumulated over groups of clients: no packed copy of all factors.
+    """The dense ΔW (b, m, n) float32, or ``out`` with it added, by groups of clients: no packed copy of all factors.
 
     A group holds enough columns for full GEMM speed; adding clients of rank 8 one at a time would read and write all
     of ΔW for each (100 clients of r = 16 at 4096²: 0.36 s in groups, 1.3 s one by one, 2 cores).

@@ -80,13 +80,13 @@ def _solve(stack: Stack, k: int, key: int, tol: float) -> Factorization:
     else:
         found = _iterate(G, M, energy, k, key, tol)
     U, S, V = _last_pass(stack, found.X / p.unsqueeze(1), k)
-    captured = float(S[:k].square().sum())
+    captured = float(S.square().sum())
     rest = energy - captured
     shortfall = max(0.0, found.captured - captured)
     if shortfall > max(tol * rest, 1e-7 * energy):
         raise Unresolved(f"Grams promised an energy of {found.captured:.9g}, the factors hold {captured:.9g}")
     excess = found.excess + (0.5 * shortfall / rest if rest > 1e-7 * energy else 0.0)
-    triplets = finish(U[None, :, :k], S[None, :k], V[None, :, :k], key)
+    triplets = finish(U[None], S[None], V[None], key)
     total = torch.tensor([max(energy, captured)], dtype=torch.float64)
     return Factorization(*triplets, total, "krylov", found.steps, excess)
 
@@ -107,7 +107,8 @@ def scaled_grams(left: Tensor, right: Tensor, d: Tensor) -> tuple[Tensor, Tensor
 
 def _inner(G: Tensor, M: Tensor) -> float:
     """⟨G, M⟩ in float64, by slabs that stay in cache."""
-    return float(sum(torch.dot(g.double().flatten(), m.double().flatten()) for g, m in zip(G.split(64), M.split(64))))
+    slabs = zip(G.split(64), M.split(64), strict=True)
+    return float(sum(torch.dot(g.double().flatten(), m.double().flatten()) for g, m in slabs))
 
 
 def _direct(G: Tensor, M: Tensor, k: int) -> Subspace:
@@ -120,7 +121,7 @@ def _direct(G: Tensor, M: Tensor, k: int) -> Subspace:
         L, info = torch.linalg.cholesky_ex(G.double() + ridge * unit)
         ridge *= 10
     values, vectors = reference.eigh_small(L.mT @ (M.double() @ L))
-    X = torch.linalg.solve_triangular(L.mT, vectors[:, : _width(k, R)], upper=True)
+    X = torch.linalg.solve_triangular(L.mT, vectors[:, :k], upper=True)
     return Subspace(X.float(), float(values[:k].clamp_min(0).sum()), 0, 0.0)
 
 
@@ -224,21 +225,23 @@ def _iterate(G: Tensor, M: Tensor, energy: float, k: int, key: int, tol: float) 
 
 
 def _last_pass(stack: Stack, X: Tensor, k: int) -> tuple[Tensor, ...]:
-    """Rayleigh-Ritz with ΔW itself on the span of P·X: U (m, l), S (l,) float64, V (n, l), S descending."""
-    U = reference.orthonormalize(cpu.combine(stack, X.unsqueeze(0)))
-    W = cpu.project_t(stack, U)[0]
-    U64, W64 = U[0].double(), W.double()
+    """Rayleigh-Ritz with ΔW itself on the span of P·X: U (m, k), S (k,) float64, V (n, k), S descending."""
+    image = cpu.combine(stack, X.unsqueeze(0))[0]
+    gram = _gram64(image)
+    U = cpu.matmul(image, _whitening(gram, gram.diagonal().sqrt())[0].float())
+    W = cpu.project_t(stack, U.unsqueeze(0))[0]
     # U is orthonormal to float32 rounding only, which would bias the Ritz values by 1e-7, 1e-4 of excess where the
     # best error is 2 % of the norm: the generalised eigenproblem takes that out.
-    turn, _ = _whitening(U64.mT @ U64, U64.new_ones(U.shape[2]))
-    values, rotation = reference.eigh_small(turn.mT @ (W64.mT @ W64) @ turn)
-    S = values.clamp_min(0).sqrt()
-    rotation = turn @ rotation
-    floor = 1e-7 * S[:1]
-    inverse = torch.where(floor < S, 1 / S, torch.zeros_like(S))
+    turn, _ = _whitening(_gram64(U), U.new_ones(U.shape[1], dtype=torch.float64))
+    values, rotation = reference.eigh_small(turn.mT @ _gram64(W) @ turn)
+    S = values[:k].clamp_min(0).sqrt()
+    rotation = turn @ rotation[:, :k]
+    inverse = torch.where(1e-7 * S[:1] < S, 1 / S, torch.zeros_like(S))
+    parts = cpu.matmul(U, rotation.float()), S, cpu.matmul(W, (rotation * inverse).float())
     # Where the subspace has fewer dimensions than k, zeros stand for the vectors that `finish` completes.
-    short = max(0, k - S.shape[0])
-    return tuple(
-        torch.nn.functional.pad(x, (0, short))
-        for x in ((U64 @ rotation).float(), S, (W64 @ (rotation * inverse)).float())
-    )
+    return tuple(torch.nn.functional.pad(part, (0, k - S.shape[0])) for part in parts)
+
+
+def _gram64(X: Tensor) -> Tensor:
+    X = X.double()
+    return X.mT @ X

@@ -69,12 +69,11 @@ def _orthonormal(X: Tensor, valid: Tensor, key: int) -> Tensor:
     """
     if not bool(valid.all()):
         X = torch.stack([complete(x[:, ok], x.shape[1], key) for x, ok in zip(X, valid, strict=True)])
-    X64 = X.double()
-    skew = X64.mT @ X64
+    skew = X.mT @ X
     skew.diagonal(dim1=-2, dim2=-1).sub_(1)
     if float(skew.abs().amax()) <= _SKEW:
         return X
-    Q, R = torch.linalg.qr(X64)
+    Q, R = torch.linalg.qr(X.double())
     return (Q * torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q).unsqueeze(1)).to(X.dtype)
 
 

@@ -90,7 +90,8 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float) -> Factor
 def in_range(stack: Stack, name: str) -> bool:
     """Whether float32 products of the factors stay in its range. Raises ``AdapterError`` for NaN and infinities."""
     low, high = _RANGE
-    largest = [float(X.abs().max()) for block in stack.blocks for X in (block.B, block.A)]
+    extremes = [torch.aminmax(X) for block in stack.blocks for X in (block.B, block.A)]
+    largest = [max(-float(x.min), float(x.max)) for x in extremes]
     if not all(x <= _FLOAT32_MAX for x in largest):  # an iteration on NaN never converges, and never ends
         raise AdapterError("a factor holds NaN, Inf or values beyond float32; refuse its client", layer=name)
     return all(low < x < high for x in largest if x > 0) and all(x < high for x in stack.d.abs().tolist())
