@@ -22,7 +22,7 @@ class Suite:
 
     @property
     def turns(self) -> int:
-        return 2 if self.quick else 7
+        return 2 if self.quick else 5
 
     @property
     def pause(self) -> float:

@@ -16,13 +16,15 @@ from benchmarks.truth import Truth
 from benchmarks.workloads import AnyWorkload, Workload
 
 # A peer predicted or found to take longer than this is listed as not run.
-TIME_BOX = 60.0
+TIME_BOX = 45.0
 # A peer needing more than this is listed as not run.
 MEMORY_BOX = 16 * 2**30
 # Seconds between two methods; OpenMP's workers spin for 0.2 by default.
 SETTLE = 0.4
-# Seconds of timed repeats a method gets at most, beyond its first.
-_BUDGET = 10.0
+# Seconds of timed repeats a method gets at most, beyond its first run. One whose first took longer than ``_ONCE`` gets
+# none: a noisy neighbour does not move half a minute, and against the others it is only a large ratio.
+_BUDGET = 6.0
+_ONCE = 15.0
 
 _TINY = Workload("warm-up", 48, 40, (2, 3), 4)
 
@@ -70,7 +72,7 @@ def alternate(calls: Mapping[str, Callable[[], object]], repeats: Mapping[str, i
     alternation = Alternation(calls, repeats, pause)
     for _ in range(max(repeats.values(), default=0)):
         alternation.turn()
-    return {name: statistics.median(seconds) for name, seconds in alternation.seconds.items()}
+    return {name: statistics.median(seconds) for name, seconds in alternation.seconds.items() if seconds}
 
 
 def prepare(name: str, workload: AnyWorkload) -> Callable[[], Answer]:
@@ -113,8 +115,8 @@ def first_runs(workload: AnyWorkload, limits: Limits) -> tuple[dict[str, dict[st
 
 
 def repeats_for(seconds: float, turns: int) -> int:
-    """Timed repeats of a method: as many as the budget has room for, at least one."""
-    return max(1, min(turns, int(_BUDGET / max(seconds, 1e-9))))
+    """Timed repeats of a method: as many as the budget has room for; one at least, or none for the slowest."""
+    return 0 if seconds > _ONCE else max(1, min(turns, int(_BUDGET / max(seconds, 1e-9))))
 
 
 def measure(benchmark: Any, workload: AnyWorkload, limits: Limits, turns: int, pause: float) -> dict[str, Any]:
@@ -146,8 +148,8 @@ def measure(benchmark: Any, workload: AnyWorkload, limits: Limits, turns: int, p
     own = calls.pop(OURS)
     seconds = Alternation(calls, repeats, pause).run(OURS, own, turns, benchmark)
     for name, row in rows.items():
-        row["all_seconds"] = seconds[name]
-        row["seconds"] = statistics.median(seconds[name])
+        row["all_seconds"] = seconds.get(name) or [row["first_seconds"]]
+        row["seconds"] = statistics.median(row["all_seconds"])
         row["share"] = row["floor_seconds"] and row["floor_seconds"] / row["seconds"]
     shape = {"m": workload.m, "n": workload.n, "R": workload.R, "k": workload.k, "spectrum": workload.spectrum}
     shape |= {"clients": len(workload.ranks), "ranks": sorted(set(workload.ranks))}

@@ -20,6 +20,8 @@ REACH = 6.0
 # A solver's first run is ended after this many times the chosen one's, plus what starting costs.
 _PATIENCE = 20.0
 _START = 2.0
+# Seconds of a run that a warm-up would not shorten.
+_LONG = 1.0
 
 # Beside the layer workloads: shapes between them, where the solvers' ranges meet.
 BETWEEN = (
@@ -103,7 +105,8 @@ def regret(workload: AnyWorkload, turns: int, pause: float) -> Regret:
         solve(stack_of(clients), workload.k, solver=name, tol=TOL)
 
     calls = {name: (lambda name=name: call(name)) for name in first}
-    for warm_up in calls.values():
-        warm_up()
-    found.measured = alternate(calls, {name: repeats_for(seconds, turns) for name, seconds in first.items()}, pause)
+    for name, warm_up in calls.items():
+        if first[name] < _LONG:
+            warm_up()
+    found.measured = first | alternate(calls, {name: repeats_for(first[name], turns) for name in calls}, pause)
     return found

@@ -176,6 +176,7 @@ def main() -> None:
     if not is_suite(results):
         sys.exit(f"{args.results} is not of a full run of the suite; `make bench` makes one")
     README.write_text(splice(README.read_text(), section(results)))
+    print(target_table(results))
 
 
 if __name__ == "__main__":
