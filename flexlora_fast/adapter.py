@@ -224,7 +224,7 @@ class Adapter:
         if not self.on_disk:
             return self
         other = copy.copy(self)
-        other._tensors = self._read(self.skeleton.names, None)
+        other._tensors = self._read(self.skeleton.names, None, keep=True)
         return other
 
     @full_precision()
@@ -310,11 +310,11 @@ class Adapter:
                 layer=layer,
             )
 
-    def _read(self, keys: Iterable[str], layer: str | None) -> dict[str, Tensor]:
+    def _read(self, keys: Iterable[str], layer: str | None, *, keep: bool = False) -> dict[str, Tensor]:
         if not isinstance(self._tensors, TensorFile):
             return {key: self._tensors[key] for key in keys}
         try:
-            return self._tensors.read(keys)
+            return self._tensors.read(keys, keep=keep)
         except AdapterError as error:
             raise error.at(client=self.client, layer=layer) from None
 

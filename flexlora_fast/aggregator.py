@@ -269,7 +269,7 @@ class Aggregator:
         room = self.memory_limit - work.scratch
         for name in self.clients:
             client = self._clients[name]
-            if client.adapter is not client.source and self._kept > room - work.ahead:
+            if client.adapter is not client.source and self._kept > room - work.held:
                 client.adapter = client.source
                 self._kept -= client.source.skeleton.nbytes
         return min(room - self._kept, work.ahead)

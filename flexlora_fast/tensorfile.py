@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,13 +129,18 @@ class TensorFile(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in (self.index.entries if self._names is None else self._names)
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Fresh tensors; neighbours in the file are read together, each byte once."""
+    def read(self, names: Iterable[str], *, keep: bool = False) -> dict[str, Tensor]:
+        """Fresh tensors; neighbours in the file are read together, each byte once.
+
+        ``keep``: they will stay for long, so they get memory pages of their own, together. Long-lived tensors between
+        short-lived ones fragment the heap (8,192 tensors of 64 KiB, checked as they came: 1.6 times their size).
+        """
         wanted = {name: self.entry(name) for name in names}
         tensors: dict[str, Tensor] = {}
         pending: list[tuple[int, memoryview]] = []  # by place in the file
+        new = _Pages(wanted.values()).take if keep else _buffer
         for name, entry in sorted(wanted.items(), key=lambda item: item[1].start):
-            tensors[name], view = _allocate(entry.dtype, entry.shape, entry.nbytes)
+            tensors[name], view = _shaped(new(entry.nbytes), entry.dtype, entry.shape)
             if entry.nbytes:
                 pending.append((entry.start, view))
         with self._opened() as descriptor:
@@ -146,7 +152,7 @@ class TensorFile(Mapping[str, Tensor]):
         """Elements ``start`` … ``stop`` of a tensor, flattened."""
         entry = self.entry(name)
         width = entry.dtype.itemsize
-        tensor, view = _allocate(entry.dtype, (stop - start,), (stop - start) * width)
+        tensor, view = _shaped(_buffer((stop - start) * width), entry.dtype, (stop - start,))
         if stop > start:
             with self._opened() as descriptor:
                 self._fill(descriptor, entry.start + start * width, [view])
@@ -199,10 +205,32 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _allocate(dtype: torch.dtype, shape: Sequence[int], nbytes: int) -> tuple[Tensor, memoryview]:
-    """An uninitialised tensor and its bytes."""
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
+def _buffer(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def _shaped(buffer: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> tuple[Tensor, memoryview]:
+    """A buffer of bytes as a tensor, and as what a file is read into."""
     return buffer.view(dtype).view(*shape) if shape else buffer.view(dtype).view(()), _bytes_of(buffer)
+
+
+class _Pages:
+    """One anonymous mapping that all tensors of a read share, each at a multiple of 64 bytes."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        total = sum(_aligned(entry.nbytes) for entry in entries)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        pages: Any = mmap.mmap(-1, total, flags=flags) if total else bytearray(1)
+        self._all, self._at = torch.frombuffer(pages, dtype=torch.uint8), 0
+
+    def take(self, nbytes: int) -> Tensor:
+        start = self._at
+        self._at += _aligned(nbytes)
+        return self._all[start : start + nbytes]
+
+
+def _aligned(nbytes: int) -> int:
+    return 64 * math.ceil(nbytes / 64)
 
 
 def _bytes_of(buffer: Tensor) -> memoryview:

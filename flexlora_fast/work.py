@@ -108,9 +108,14 @@ class Work:
         return max(p.scratch for p in self.plans)
 
     @property
+    def held(self) -> int:
+        """Bytes of what was read that solving and reading ahead need: what is in use, and as much again."""
+        return 2 * max(p.held for p in self.plans)
+
+    @property
     def ahead(self) -> int:
-        """Bytes that it is useful to have read: what is in use, and as much again."""
-        return max(2 * max(p.held for p in self.plans), _READ_AHEAD)
+        """Bytes of what was read that there is any use for."""
+        return max(self.held, _READ_AHEAD)
 
     # -- reading ---
 
