@@ -2,6 +2,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -23,7 +24,15 @@ Precision precision_of(const std::string& name) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "Native operations of flexlora_fast; flexlora_fast.backends holds their readable twins.";
     m.def(
-        "can_multiply", [](const std::string& precision) { return flexlora::cpu::can_multiply(precision_of(precision)); },
+        "obstacle",
+        [](const std::string& precision) -> std::optional<std::string> {
+            const std::string found = flexlora::cpu::obstacle(precision_of(precision));
+            return found.empty() ? std::nullopt : std::optional<std::string>(found);
+        },
+        py::arg("precision"), "Why there are no products in 'float32' or 'bfloat16' here; None if there are.");
+    m.def(
+        "can_multiply",
+        [](const std::string& precision) { return flexlora::cpu::obstacle(precision_of(precision)).empty(); },
         py::arg("precision"), "Whether this machine and this torch have block kernels for 'float32' or 'bfloat16'.");
     m.def(
         "matmul",

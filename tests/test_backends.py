@@ -1,6 +1,9 @@
-"""The reference ops against float64 on weird shapes: each at least as good as plain float32 torch."""
+"""The ops of both backends against float64 on weird shapes: each at least as good as plain float32 torch."""
 
 from __future__ import annotations
+
+from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
@@ -56,34 +59,39 @@ def mass(stack: Stack) -> float:
     return float(sum((b.B.double() * b.d).norm() * b.A.double().norm() for b in stack.blocks))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-class TestOps:
-    def test_materialize(self, shape: tuple, dtype: torch.dtype) -> None:
+class TestTwins:
+    def test_materialize(self, shape: tuple, dtype: torch.dtype, ops: ModuleType) -> None:
         stack = stack_of(shape, dtype)
-        got = reference.materialize(stack)
+        got = ops.materialize(stack)
         assert got.dtype == torch.float32
         assert_near(got, exact(stack), mass(stack))
+        out = got.clone()
+        assert ops.materialize(stack, out) is out
+        assert_near(out, 2 * exact(stack), 2 * mass(stack))
 
-    def test_compiled_materialize(self, shape: tuple, dtype: torch.dtype) -> None:
-        stack = stack_of(shape, dtype)
-        assert_near(cpu.materialize(stack), exact(stack), mass(stack))
-
-    def test_project(self, shape: tuple, dtype: torch.dtype) -> None:
+    def test_project(self, shape: tuple, dtype: torch.dtype, ops: ModuleType) -> None:
         """Coefficients reach float32 intermediates: folded into 16-bit factors they would cost 1e-3 here."""
-        stack = stack_of(shape, dtype)
+        stack = stack_of(shape, dtype if dtype != torch.float64 else torch.float32)
         X, Y = torch.randn(stack.batch, stack.n, 3), torch.randn(stack.batch, stack.m, 2)
-        assert_near(reference.project(stack, X), exact(stack) @ X.double(), mass(stack) * X.norm())
-        assert_near(reference.project_t(stack, Y), exact(stack).mT @ Y.double(), mass(stack) * Y.norm())
+        assert_near(ops.project(stack, X), exact(stack) @ X.double(), mass(stack) * X.norm())
+        assert_near(ops.project_t(stack, Y), exact(stack).mT @ Y.double(), mass(stack) * Y.norm())
 
-    def test_gram(self, shape: tuple, dtype: torch.dtype) -> None:
-        stack = stack_of(shape, dtype)
-        PP, QQ = reference.gram(stack)
+    def test_gram(self, shape: tuple, dtype: torch.dtype, ops: ModuleType) -> None:
+        stack = stack_of(shape, dtype if dtype != torch.float64 else torch.float32)
+        PP, QQ = ops.gram(stack)
         P, Q = stack.P.double(), stack.Q.double()
         assert_near(PP, P.mT @ P, P.norm() ** 2)
         assert_near(QQ, Q @ Q.mT, Q.norm() ** 2)
         assert torch.allclose(PP, PP.mT, rtol=1e-5, atol=1e-5) and PP.dtype == torch.float32
+        assert ops is reference or (torch.equal(PP, PP.mT) and torch.equal(QQ, QQ.mT)) or _native.extension is None
 
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+class TestOps:
     def test_energies(self, shape: tuple, dtype: torch.dtype) -> None:
         """Three ways to ‖ΔW‖_F²: from factor Grams, from the dense matrix, from the float64 core."""
         stack = stack_of(shape, dtype)
@@ -173,9 +181,81 @@ def test_eigh_small_is_descending() -> None:
     assert torch.equal(reference.eigh_small(many)[0], torch.ones(1, 200, dtype=torch.float64))
 
 
-def test_compiled_materialize_takes_what_the_extension_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stack in (stack_of((7, 5, (2, 3), 1), torch.float64), stack_of((7, 5, (2, 3), 4)), Stack([], 7, 5)):
+def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """As if there were no extension, or no instructions for some of its products."""
+    if missing == "the extension":
+        monkeypatch.setattr(_native, "extension", None)
+        return
+    if _native.extension is None:
+        pytest.skip("no native extension")
+
+    class Some:
+        calls: ClassVar[list[str]] = []
+
+        @staticmethod
+        def can_multiply(precision: str) -> bool:
+            return precision not in missing
+
+        @staticmethod
+        def matmul(*arguments: object) -> Tensor:
+            Some.calls.append(str(arguments[4]))
+            assert arguments[4] not in missing
+            return _original.matmul(*arguments)
+
+    _original = _native.extension
+    monkeypatch.setattr(_native, "extension", Some)
+
+
+def products(dtype: torch.dtype) -> dict[str, Tensor]:
+    """All that the compiled backend does, in one example."""
+    stack = stack_of((70, 50, (2, 30, 40), 2), dtype)
+    X, Y = torch.ones(2, 50, 3), torch.ones(2, 70, 3)
+    A, B = [b.B[0] for b in stack.blocks], [b.A[0] for b in stack.blocks]
+    out = torch.ones(70, 50)
+    cpu.matmul(A, B, out=out, scale=stack.d)
+    found = {
+        "materialize": cpu.materialize(stack),
+        "added": cpu.materialize(stack, torch.ones(2, 70, 50)),
+        "project": cpu.project(stack, X),
+        "project_t": cpu.project_t(stack, Y),
+        "table": cpu.matmul(A, B, scale=stack.d),
+        "out": out,
+        "rows": cpu.matmul([a.mT for a in A], A[0], joined=(0, 0)),
+        "one": cpu.matmul(A[0], B[0], precision="bfloat16"),
+        "symmetric": cpu.matmul(A[0].mT, A[0], symmetric=True),
+    }
+    return found | dict(zip(("PP", "QQ"), cpu.gram(stack), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("missing", ["the extension", "bfloat16", "float32 and bfloat16"])
+def test_what_is_missing_is_made_up_for_in_float32(
+    missing: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never by emulated bfloat16 products, nor by rounded operands."""
+    native = products(dtype)
+    without(monkeypatch, missing)
+    assert not cpu.usable("bfloat16") and cpu.usable("float32") == (missing == "bfloat16")
+    for name, got in products(dtype).items():
+        assert got.dtype == torch.float32
+        rounded = name == "one" and dtype != torch.bfloat16
+        torch.testing.assert_close(got, native[name], rtol=3e-2 if rounded else 1e-5, atol=0.1 if rounded else 1e-3)
+
+
+def test_the_extension_takes_only_what_it_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu.takes(stack_of((7, 5, (2, 3), 4), torch.float16)) == cpu.usable("float32")
+    for stack in (stack_of((7, 5, (2, 3), 1), torch.float64), Stack([], 7, 5)):
+        assert not cpu.takes(stack)
         assert torch.equal(cpu.materialize(stack), reference.materialize(stack))
+    meta = torch.ones(3, 2, device="meta"), torch.ones(2, 3, device="meta")
+    assert cpu.matmul(*meta).device.type == "meta"
     stack = stack_of((7, 5, (2, 3), 1))
     monkeypatch.setattr(_native, "extension", None)
     assert torch.equal(cpu.materialize(stack), reference.materialize(stack))
+
+
+def test_compiled_products_of_empty_stacks() -> None:
+    stack = Stack([Block(torch.ones(2, 3, 0), torch.ones(2, 0, 4), torch.ones(0, dtype=torch.float64))], 3, 4, 2)
+    assert torch.equal(cpu.materialize(stack), torch.zeros(2, 3, 4))
+    assert torch.equal(cpu.project(stack, torch.ones(2, 4, 5)), torch.zeros(2, 3, 5))
+    assert [g.shape for g in cpu.gram(stack)] == [(2, 0, 0)] * 2

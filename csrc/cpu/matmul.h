@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace flexlora::cpu {
@@ -14,8 +15,8 @@ enum class Precision {
     bf16,  // operands rounded to bfloat16 (16-bit inputs of that type stay as they are), float32 sums
 };
 
-// Whether this machine and this torch have the block kernels for a precision.
-bool can_multiply(Precision precision);
+// Why this machine or this torch has no block kernels for a precision; empty if they have.
+std::string obstacle(Precision precision);
 
 // C = A · diag(scale) · B, float32, or out += … where `out` is given.
 //

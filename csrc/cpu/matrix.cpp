@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/require.h"
 
@@ -28,6 +30,7 @@ Matrix::Matrix(const std::vector<at::Tensor>& tensors, int64_t axis, const std::
     require(!tensors.empty(), name, " is empty: without a piece it has no shape");
     const int64_t other = 1 - axis;
     int64_t joined = 0;
+    std::vector<Piece> pieces;
     for (size_t i = 0; i < tensors.size(); ++i) {
         const at::Tensor& t = tensors[i];
         require(t.defined(), name, "[", i, "] is None");
@@ -38,47 +41,65 @@ Matrix::Matrix(const std::vector<at::Tensor>& tensors, int64_t axis, const std::
                 "[0] has ", tensors[0].sizes(), ": they cannot be joined along axis ", axis);
         const Dtype dtype = dtype_of(t, name, i);
         if (t.numel() > 0) {
-            pieces_.push_back({static_cast<const char*>(t.const_data_ptr()), dtype,
+            pieces.push_back({static_cast<const char*>(t.const_data_ptr()), dtype,
                                static_cast<int64_t>(t.element_size()), joined, t.size(axis),
                                {t.stride(0), t.stride(1)}});
             // The first piece stands for all: it decides about speed only.
-            if (pieces_.size() == 1) column_major_ = t.stride(1) != 1 && t.stride(0) == 1;
+            if (pieces.size() == 1) column_major_ = t.stride(1) != 1 && t.stride(0) == 1;
         }
         joined += t.size(axis);
     }
+    pieces_ = std::make_shared<const std::vector<Piece>>(std::move(pieces));
     rows_ = axis == 0 ? joined : tensors[0].size(0);
     cols_ = axis == 1 ? joined : tensors[0].size(1);
 }
 
 Matrix Matrix::transposed() const {
-    Matrix result;
-    result.pieces_ = pieces_;
-    for (Piece& piece : result.pieces_) std::swap(piece.strides[0], piece.strides[1]);
+    Matrix result = *this;
+    std::swap(result.rows_, result.cols_);
     result.axis_ = 1 - axis_;
-    result.rows_ = cols_;
-    result.cols_ = rows_;
+    result.turned_ = !turned_;
     result.column_major_ = !column_major_;
     return result;
+}
+
+// The last piece that begins at or before `position`.
+std::vector<Matrix::Piece>::const_iterator Matrix::piece_at(int64_t position) const {
+    return std::upper_bound(pieces_->begin(), pieces_->end(), position,
+                            [](int64_t wanted, const Piece& p) { return wanted < p.begin; }) -
+           1;
 }
 
 template <typename T>
 void Matrix::copy(int64_t i0, int64_t count_i, int64_t j0, int64_t count_j, T* dst, int64_t ld) const {
     const int64_t from = axis_ == 0 ? i0 : j0, end = from + (axis_ == 0 ? count_i : count_j);
-    auto piece = std::upper_bound(pieces_.begin(), pieces_.end(), from,
-                                  [](int64_t position, const Piece& p) { return position < p.begin; });
-    for (--piece; piece != pieces_.end() && piece->begin < end; ++piece) {
+    for (auto piece = piece_at(from); piece != pieces_->end() && piece->begin < end; ++piece) {
         const int64_t lo = std::max(from, piece->begin), hi = std::min(end, piece->begin + piece->count);
-        if (lo >= hi) continue;
         const int64_t skipped = lo - piece->begin;
         const int64_t i = axis_ == 0 ? skipped : i0, j = axis_ == 1 ? skipped : j0;
-        const char* src = piece->data + piece->size * (i * piece->strides[0] + j * piece->strides[1]);
+        const char* src = piece->data + piece->size * (i * row_stride(*piece) + j * col_stride(*piece));
         T* to = dst + (axis_ == 0 ? (lo - from) * ld : lo - from);
-        copy_block(src, piece->dtype, piece->strides[0], piece->strides[1], axis_ == 0 ? hi - lo : count_i,
+        copy_block(src, piece->dtype, row_stride(*piece), col_stride(*piece), axis_ == 0 ? hi - lo : count_i,
                    axis_ == 1 ? hi - lo : count_j, to, ld);
     }
 }
 
-template void Matrix::copy<float>(int64_t, int64_t, int64_t, int64_t, float*, int64_t) const;
-template void Matrix::copy<uint16_t>(int64_t, int64_t, int64_t, int64_t, uint16_t*, int64_t) const;
+template <typename T>
+const T* Matrix::rows_at(int64_t i0, int64_t count_i, int64_t j0, int64_t count_j, int64_t* ld) const {
+    const int64_t from = axis_ == 0 ? i0 : j0, end = from + (axis_ == 0 ? count_i : count_j);
+    const Piece& piece = *piece_at(from);
+    const bool same = piece.dtype == (std::is_same_v<T, float> ? Dtype::f32 : Dtype::bf16);
+    const int64_t stride = row_stride(piece);
+    // Rows that overlap (an expanded tensor) are none that a product may be asked to read.
+    if (!same || end > piece.begin + piece.count || col_stride(piece) != 1 || stride < count_j) return nullptr;
+    const int64_t i = axis_ == 0 ? from - piece.begin : i0, j = axis_ == 1 ? from - piece.begin : j0;
+    *ld = stride;
+    return reinterpret_cast<const T*>(piece.data) + i * stride + j;
+}
+
+template void Matrix::copy(int64_t, int64_t, int64_t, int64_t, float*, int64_t) const;
+template void Matrix::copy(int64_t, int64_t, int64_t, int64_t, uint16_t*, int64_t) const;
+template const float* Matrix::rows_at(int64_t, int64_t, int64_t, int64_t, int64_t*) const;
+template const uint16_t* Matrix::rows_at(int64_t, int64_t, int64_t, int64_t, int64_t*) const;
 
 }  // namespace flexlora::cpu

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -24,11 +25,16 @@ public:
     // Whether neighbours in a column, not in a row, are neighbours in memory.
     bool column_major() const { return column_major_; }
 
+    // The same pieces, with rows and columns exchanged.
     Matrix transposed() const;
 
     // dst[i * ld + j] = T((*this)(i0 + i, j0 + j)) for i < count_i, j < count_j; T is float or uint16_t (bfloat16).
     template <typename T>
     void copy(int64_t i0, int64_t count_i, int64_t j0, int64_t count_j, T* dst, int64_t ld) const;
+
+    // The same block where it lies, rows *ld apart; nullptr where it is cut, of another type or strided within rows.
+    template <typename T>
+    const T* rows_at(int64_t i0, int64_t count_i, int64_t j0, int64_t count_j, int64_t* ld) const;
 
 private:
     struct Piece {
@@ -37,13 +43,17 @@ private:
         int64_t size;  // bytes of an element
         int64_t begin;  // where it starts along the axis
         int64_t count;
-        int64_t strides[2];  // in elements, of rows and of columns
+        int64_t strides[2];  // in elements, of the rows and columns of the tensor
     };
 
     Matrix() = default;
+    std::vector<Piece>::const_iterator piece_at(int64_t position) const;
+    int64_t row_stride(const Piece& piece) const { return piece.strides[turned_]; }
+    int64_t col_stride(const Piece& piece) const { return piece.strides[!turned_]; }
 
-    std::vector<Piece> pieces_;
+    std::shared_ptr<const std::vector<Piece>> pieces_;
     int axis_ = 0;
+    bool turned_ = false;
     int64_t rows_ = 0, cols_ = 0;
     bool column_major_ = false;
 };

@@ -6,7 +6,6 @@ peak where torch's own products of thin matrices reach 25 to 60 % (`python -m be
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -21,7 +20,6 @@ Precision = Literal["float32", "bfloat16"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@functools.cache
 def usable(precision: Precision) -> bool:
     """Whether the extension is there and this machine has its kernels for ``precision``."""
     return _native.extension is not None and _native.extension.can_multiply(precision)
@@ -39,22 +37,28 @@ def matmul(
 ) -> Tensor:
     """A·diag(scale)·B (M, N) float32 for A (M, K) and B (K, N), or tables of pieces of them.
 
+    Each entry is summed in an order that depends on K and ``scale`` alone, whatever the number of threads and wherever
+    it stands. Without the extension, torch multiplies packed copies.
+
     Args:
-        precision: "bfloat16" rounds the operands (factors of that type stay as they are); sums are float32.
+        precision: "bfloat16" allows operands to be rounded to it (factors of that type stay as they are), where the
+            CPU multiplies such numbers faster; sums are float32. Elsewhere products are float32, never emulated.
         symmetric: a promise that the product is; half of it is then computed.
         scale: (K,) float64.
         out: float32 (M, N) that the product is added to.
         joined: the axis along which the pieces of A and of B lie side by side.
+
+    Raises:
+        ValueError: where shapes or types do not fit.
     """
     a, b = [A] if isinstance(A, Tensor) else list(A), [B] if isinstance(B, Tensor) else list(B)
-    if usable(precision):
+    if usable("float32") and all(t.device.type == "cpu" for t in (*a[:1], *b[:1])):
         assert _native.extension is not None
-        product = _native.extension.matmul(a, joined[0], b, joined[1], precision, symmetric, scale, out)
-        return product.contiguous()  # some come out transposed, and torch's sums depend on the strides of its inputs
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    left = torch.cat([x.to(dtype).float() for x in a], dim=joined[0])
-    right = torch.cat([x.to(dtype).float() for x in b], dim=joined[1])
-    product = (left if scale is None else left * scale.float()) @ right
+        native = precision if usable(precision) else "float32"
+        return _native.extension.matmul(a, joined[0], b, joined[1], native, symmetric, scale, out)
+    left = torch.cat([x.float() for x in a], dim=joined[0])
+    right = torch.cat([x.float() for x in b], dim=joined[1])
+    product = (left if scale is None else left * scale.to(left)) @ right
     return product if out is None else out.add_(product)
 
 
