@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexlora_fast import _native
 from flexlora_fast.backends import reference
-from flexlora_fast.stack import Stack
+from flexlora_fast.stack import Block, Stack
 
 Precision = Literal["float32", "bfloat16"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -94,6 +94,21 @@ def gram(stack: Stack) -> tuple[Tensor, Tensor]:
         B, A = [block.B[i] for block in stack.blocks], [block.A[i] for block in stack.blocks]
         left.append(matmul([b.mT for b in B], B, precision=precision, symmetric=True, joined=(0, 1)))
         right.append(matmul(A, [a.mT for a in A], precision=precision, symmetric=True, joined=(0, 1)))
+    return _stacked(left), _stacked(right)
+
+
+def cross_gram(rows: Sequence[Block], columns: Sequence[Block]) -> tuple[Tensor, Tensor]:
+    """The parts of the two Grams between two runs of blocks: P₁ᵀP₂ and Q₁Q₂ᵀ, each (b, R₁, R₂) float32."""
+    batch, m, _ = rows[0].B.shape
+    both = Stack([*rows, *columns], m, rows[0].A.shape[2], batch)
+    if not takes(both):
+        first, second = Stack(rows, m, both.n, batch), Stack(columns, m, both.n, batch)
+        return first.P.mT @ second.P, first.Q @ second.Q.mT
+    precision = _precision(both)
+    left, right = [], []
+    for i in range(batch):
+        left.append(matmul([x.B[i].mT for x in rows], [y.B[i] for y in columns], precision=precision, joined=(0, 1)))
+        right.append(matmul([x.A[i] for x in rows], [y.A[i].mT for y in columns], precision=precision, joined=(0, 1)))
     return _stacked(left), _stacked(right)
 
 

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from flexlora_fast.backends import cpu, reference
 from flexlora_fast.lowrank.factorization import Factorization, finish
-from flexlora_fast.lowrank.krylov import Stopping
+from flexlora_fast.lowrank.krylov import STEP, Stopping, block_width
 from flexlora_fast.lowrank.random import signs
 from flexlora_fast.stack import Block, Stack
 
-# The block kernels work on 16 columns at a time: others would be computed and thrown away.
-_STEP = 16
 # Up to this R, or this many times k, one R×R eigenproblem is cheaper than the steps it replaces.
 _DIRECT, _DIRECT_SHARE = 256, 3
 # Directions whose part outside the basis is below this share of them are rounding.
@@ -127,7 +125,7 @@ def _direct(G: Tensor, M: Tensor, k: int) -> Subspace:
 
 def _width(k: int, limit: int) -> int:
     """Columns taken through the last pass: k and a few that rounding may have put on the wrong side of the cut."""
-    return min(limit, -(-(k + 4) // _STEP) * _STEP)
+    return min(limit, -(-(k + 4) // STEP) * STEP)
 
 
 class _Basis:
@@ -176,6 +174,8 @@ class _Basis:
 
 def _whitening(gram: Tensor, before: Tensor) -> tuple[Tensor, float]:
     """T with Tᵀ·gram·T = I, without the directions that vanish beside ``before``; and the smallest share left."""
+    if gram.numel() == 0:
+        return gram, 0.0
     before = torch.where(before > 0, before, torch.ones_like(before))
     unit = (gram + gram.mT) / (2 * before.unsqueeze(1) * before)
     L, info = torch.linalg.cholesky_ex(unit)
@@ -191,9 +191,10 @@ def _whitening(gram: Tensor, before: Tensor) -> tuple[Tensor, float]:
 def _iterate(G: Tensor, M: Tensor, energy: float, k: int, key: int, tol: float) -> Subspace:
     """Block Krylov on M·G in the inner product of G, stopped as krylov.block_krylov is."""
     R = G.shape[0]
-    block = -(-max(k // 2, 1) // _STEP) * _STEP
+    block = block_width(k)
     basis, noise, restarted, steps = _Basis(G, M), _EPS, False, 0
-    stop = Stopping(torch.tensor([energy], dtype=torch.float64), k, tol, 3e-8, 0.0)
+    stop = Stopping(k, tol, 3e-8, 0.0)
+    total = torch.tensor([energy], dtype=torch.float64)
 
     def random(offset: int) -> Tensor:
         """M·G·(random block), orthonormalised half-way: at once, M·G would square σ₁/σ_k beyond float32."""
@@ -212,7 +213,7 @@ def _iterate(G: Tensor, M: Tensor, energy: float, k: int, key: int, tol: float) 
             if noise > _LOST:
                 stop.captured.clear()
                 noise = _EPS
-            done = basis.size >= k and stop.reached(basis.core.unsqueeze(0))
+            done = basis.size >= k and stop.reached(basis.core.unsqueeze(0), total)
         if following is None or done:
             # Nothing is left to find but further copies of repeated singular values, from outside the subspace.
             if restarted or not (following is None or stop.clustered(block)):

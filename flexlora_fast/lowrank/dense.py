@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flexlora_fast.backends import cpu
 from flexlora_fast.lowrank.factorization import Factorization, finish
-from flexlora_fast.lowrank.krylov import Operator, Triplets, block_krylov
+from flexlora_fast.lowrank.krylov import Operator, Triplets, block_krylov, product
 from flexlora_fast.stack import Stack
 
 
@@ -22,10 +22,12 @@ def dense64(stack: Stack) -> Tensor:
     return (stack.packed_P(torch.float64) * stack.d.to(stack.device)) @ stack.packed_Q(torch.float64)
 
 
-def from_triplets(t: Triplets, energy: Tensor, solver: str, key: int) -> Factorization:
+def from_triplets(t: Triplets, solver: str, key: int) -> Factorization:
     """Normalise the left vectors of an iterative solve."""
     inverse = torch.where(t.S > 0, 1 / t.S, torch.zeros_like(t.S)).unsqueeze(1)
-    return Factorization(*finish(t.left * inverse.to(t.left.dtype), t.S, t.V, key), energy, solver, t.steps, t.excess)
+    U, S, V = finish(t.left * inverse.to(t.left.dtype), t.S, t.V, key)
+    error = t.energy_error if bool(t.energy_error.any()) else None
+    return Factorization(U, S, V, t.energy, solver, t.steps, t.excess, error)
 
 
 def solve_dense(stack: Stack, k: int, key: int, tol: float) -> Factorization:
@@ -37,8 +39,8 @@ def solve_matrix(D: Tensor, k: int, key: int, tol: float) -> Factorization:
     """Block Krylov on the dense D (b, m, n) float32 itself, however it was accumulated."""
     b, m, n = D.shape
     energy = dense_energy(D)
-    op = Operator(m, n, b, lambda X: D @ X, lambda Y: D.mT @ Y, energy, torch.float32, D.device)
-    return from_triplets(block_krylov(op, k, tol, key), energy, "dense", key)
+    op = Operator(m, n, b, lambda X: product(D, X), lambda Y: product(D.mT, Y), energy, torch.float32, D.device)
+    return from_triplets(block_krylov(op, k, tol, key), "dense", key)
 
 
 def solve_svd(stack: Stack, k: int, key: int) -> Factorization:

@@ -22,6 +22,7 @@ class Factorization:
         solver: which solver made it.
         iterations: block steps taken (0 for the solvers that are exact in one go).
         excess: the estimated excess at rank k; 0 where the solver is exact.
+        energy_error: (b,) float64, the standard error of ``energy`` where it was estimated; None where it was computed.
     """
 
     U: Tensor
@@ -31,6 +32,7 @@ class Factorization:
     solver: str
     iterations: int = 0
     excess: float = 0.0
+    energy_error: Tensor | None = None
 
 
 # Below this share of the largest singular value a direction cannot be told from float32 rounding of the factors.

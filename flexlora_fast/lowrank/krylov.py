@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexlora_fast.backends import reference
+from flexlora_fast.backends import cpu, reference
 from flexlora_fast.lowrank.random import signs
 
 
@@ -22,7 +22,7 @@ class Operator:
     """b matrices of m×n known only through products.
 
     ``apply`` maps (b, n, l) to (b, m, l), ``apply_t`` maps (b, m, l) to (b, n, l), in ``dtype``;
-    ``energy`` is ‖·‖_F² of each, (b,) float64.
+    ``energy`` is ‖·‖_F² of each, (b,) float64, or None: it is then estimated.
     """
 
     m: int
@@ -30,7 +30,7 @@ class Operator:
     batch: int
     apply: Callable[[Tensor], Tensor]
     apply_t: Callable[[Tensor], Tensor]
-    energy: Tensor
+    energy: Tensor | None
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
 
@@ -40,20 +40,26 @@ class Operator:
 
 @dataclass
 class Triplets:
-    """Leading triplets before canonicalisation: left = ΔW·V (b, m, k), V (b, n, k), S (b, k) float64."""
+    """Leading triplets before canonicalisation: left = ΔW·V (b, m, k), V (b, n, k), S (b, k) float64.
+
+    ``energy`` is the operator's, or its estimate with the standard error ``energy_error``, (b,) float64.
+    """
 
     left: Tensor
     V: Tensor
     S: Tensor
     steps: int
     excess: float
+    energy: Tensor
+    energy_error: Tensor
 
 
 # Columns of a block as a share of k. Halves need fewer columns in all than whole ones for the same excess (k = 200,
 # σ ∝ 1/j: 400 columns against 612 for 1e-3). A block of l can miss further copies of a singular value repeated more
 # than l times, which `Stopping.clustered` notices and a second random block of l (2·l ≥ k) cures.
 _BLOCK_SHARE = 0.5
-_EXTRA_COLUMNS = 4
+# The block kernels work on 16 columns at a time: others would be computed and thrown away.
+STEP = 16
 # A run of a block's width of Ritz values this close to each other may be a repeated value.
 _CLUSTER_WIDTH = 0.02
 # Exponent of the ratio of gains in the estimate of what is missing, see block_krylov.
@@ -66,6 +72,8 @@ _LOST = 0.05
 # Without the basis that Krylov keeps, gains shrink fast at first and then hardly at all (a stepped or slowly decaying
 # spectrum): no ratio below this is believed. With 0, 4096² at 100 clients of r = 16 stopped at 1.5e-3 for tol = 1e-3.
 _RESTARTED_RATIO = 0.8
+# Probes of an estimated energy: two steps of the block kernels.
+_PROBES = 32
 # Gains below this share of the energy cannot be told from float32 rounding of the products.
 _RESOLUTION = {torch.float32: 3e-8, torch.float64: 1e-15}
 
@@ -83,12 +91,14 @@ def block_krylov(op: Operator, k: int, tol: float, key: int, *, depth: int | Non
         flipped = block_krylov(op.transposed(), k, tol, key, depth=depth)
         return _flip(flipped)
     limit = op.n
-    block = min(limit, int(k * _BLOCK_SHARE) + _EXTRA_COLUMNS if depth is None else _subspace_width(k))
+    block = min(limit, block_width(k) if depth is None else _subspace_width(k))
     basis = _powered(op, _start(op, block, key))
     image = op.apply(basis)
     core = _gram64(image, image)
     image64, last_image, restarted, noise = image.double(), image, False, torch.finfo(op.dtype).eps
-    stop = Stopping(op.energy, k, tol, _RESOLUTION[op.dtype], 0.0 if depth is None else _RESTARTED_RATIO)
+    energy = _Exact(op.energy) if op.energy is not None else _Probed(op, key - 2)
+    energy.see(basis, image)
+    stop = Stopping(k, tol, _RESOLUTION[op.dtype], 0.0 if depth is None else _RESTARTED_RATIO)
     steps = 0
     while basis.shape[2] < limit:
         steps += 1
@@ -96,6 +106,8 @@ def block_krylov(op: Operator, k: int, tol: float, key: int, *, depth: int | Non
             basis = _powered(op, basis, image)
             image = op.apply(basis)
             core = _gram64(image, image)
+            energy.restart()
+            energy.see(basis, image)
         else:
             last, share = _extend(basis, op.apply_t(last_image), limit, key + steps)
             noise = noise / share if share else 1.0
@@ -104,11 +116,12 @@ def block_krylov(op: Operator, k: int, tol: float, key: int, *, depth: int | Non
                 stop.captured.clear()
                 noise = torch.finfo(op.dtype).eps
             last_image = op.apply(last)
+            energy.see(last, last_image)
             last64 = last_image.double()
             core = _grow(core, image64, last64)
             basis, image = torch.cat([basis, last], dim=2), torch.cat([image, last_image], dim=2)
             image64 = torch.cat([image64, last64], dim=2)
-        if basis.shape[2] >= k and stop.reached(core):
+        if basis.shape[2] >= k and stop.reached(core, energy.of(core)):
             if restarted or depth is not None or not stop.clustered(block):
                 break
             restarted = True
@@ -119,7 +132,56 @@ def block_krylov(op: Operator, k: int, tol: float, key: int, *, depth: int | Non
         basis = torch.eye(limit, dtype=op.dtype, device=op.device).expand(op.batch, -1, -1)
         image = op.apply(basis)
         core = _gram64(image, image)
-    return _ritz(basis, image, core, k, steps, 0.0 if exhausted else stop.excess)
+    left, V, S = _ritz(basis, image, core, k)
+    total = core.diagonal(dim1=-2, dim2=-1).sum(dim=1) if exhausted and op.energy is None else energy.of(core)
+    error = torch.zeros_like(total) if exhausted else energy.error
+    return Triplets(left, V, S, steps, 0.0 if exhausted else stop.excess, total, error)
+
+
+class _Exact:
+    """An energy that is known."""
+
+    def __init__(self, energy: Tensor) -> None:
+        self.energy = energy
+        self.error = torch.zeros_like(energy)
+
+    def see(self, block: Tensor, image: Tensor) -> None: ...
+
+    def restart(self) -> None: ...
+
+    def of(self, core: Tensor) -> Tensor:
+        """‖ΔW‖_F² (b,)."""
+        return self.energy
+
+
+class _Probed:
+    """‖ΔW‖_F² = ‖ΔW·V‖_F² + ‖ΔW·(I − VVᵀ)‖_F²: the part inside the basis V is known, the rest is estimated.
+
+    Each of p random sign vectors z has E‖ΔW·(I − VVᵀ)·z‖² = ‖ΔW·(I − VVᵀ)‖_F² (Hutchinson's estimator on what the
+    basis leaves, as in Meyer, Musco, Musco and Woodruff, "Hutch++", SOSA 2021). ΔW·z is computed once; what the basis
+    takes out of it is known from the iteration. The standard error is measured from the p values; where the rest
+    spreads over ρ directions of like size it is √(2/(p·ρ)) of the rest.
+    """
+
+    def __init__(self, op: Operator, key: int) -> None:
+        self.probes = signs(op.n, _PROBES, key, batch=op.batch, dtype=op.dtype).to(op.device)
+        self.images = op.apply(self.probes)
+        self.left = self.images
+        self.error = torch.zeros(op.batch, dtype=torch.float64)
+
+    def see(self, block: Tensor, image: Tensor) -> None:
+        """Take columns of the basis and their images out of the probes' images."""
+        self.left = self.left - product(image, product(block.mT, self.probes))
+
+    def restart(self) -> None:
+        """The basis is another one from here on."""
+        self.left = self.images
+
+    def of(self, core: Tensor) -> Tensor:
+        """‖ΔW‖_F² (b,): the trace of the Ritz core and the mean over the probes; sets ``error``."""
+        values = self.left.double().square().sum(dim=1)  # (b, p)
+        self.error = values.std(dim=1).cpu() / _PROBES**0.5
+        return core.diagonal(dim1=-2, dim2=-1).sum(dim=1) + values.mean(dim=1)
 
 
 def _start(op: Operator, columns: int, key: int) -> Tensor:
@@ -143,6 +205,11 @@ def _powered(op: Operator, basis: Tensor, image: Tensor | None = None) -> Tensor
     """
     image = op.apply(basis) if image is None else image
     return reference.orthonormalize(op.apply_t(reference.orthonormalize(image)))
+
+
+def block_width(k: int) -> int:
+    """Columns of a Krylov block."""
+    return -(-max(1, int(k * _BLOCK_SHARE)) // STEP) * STEP
 
 
 def _subspace_width(k: int) -> int:
@@ -201,7 +268,14 @@ def _replace_dependent(basis: Tensor, fresh: Tensor, key: int) -> tuple[Tensor, 
 
 def _deflate(basis: Tensor, X: Tensor) -> Tensor:
     """X less its part in the span of ``basis``."""
-    return X - basis @ (basis.mT @ X)
+    return X - product(basis, product(basis.mT, X))
+
+
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """A·B for A (b, i, j) and B (b, j, l), by the block kernels where they are made for it."""
+    if A.dtype != torch.float32 or A.device.type != "cpu":
+        return A @ B
+    return torch.stack([cpu.matmul(a, b) for a, b in zip(A, B, strict=True)])
 
 
 def _grow(core: Tensor, image: Tensor, last: Tensor) -> Tensor:
@@ -214,18 +288,20 @@ def _grow(core: Tensor, image: Tensor, last: Tensor) -> Tensor:
 class Stopping:
     """Decides when the captured energy is close enough to the most that rank k can capture."""
 
-    def __init__(self, energy: Tensor, k: int, tol: float, resolution: float, slowest: float) -> None:
-        self.energy, self.k, self.tol, self.resolution = energy.cpu(), k, tol, resolution
+    def __init__(self, k: int, tol: float, resolution: float, slowest: float) -> None:
+        self.k, self.tol, self.resolution = k, tol, resolution
         self.slowest = slowest
         self.captured: list[Tensor] = []
         self.values = torch.zeros(0, 0)
         self.excess = float("inf")
 
-    def reached(self, core: Tensor) -> bool:
+    def reached(self, core: Tensor, energy: Tensor) -> bool:
+        """Whether the excess that the Ritz core (b, j, j) stands for is within tol of an operator of this energy."""
+        energy = energy.cpu()
         self.values = torch.linalg.eigvalsh(core).cpu()[:, -self.k :].clamp_min(0)
         self.captured.append(self.values.sum(dim=1))
-        rest = (self.energy - self.captured[-1]).clamp_min(0)
-        if bool((rest <= self.resolution * self.energy).all()):
+        rest = (energy - self.captured[-1]).clamp_min(0)
+        if bool((rest <= self.resolution * energy).all()):
             self.excess = 0.0
             return True
         if len(self.captured) < 3:
@@ -234,7 +310,7 @@ class Stopping:
         before = (self.captured[-2] - self.captured[-3]).clamp_min(1e-300)
         root = (gain / before).clamp(self.slowest, 0.9) ** _CAUTION
         missing = _MARGIN * gain * root / (1 - root)
-        noise = self.resolution * self.energy
+        noise = self.resolution * energy
         best = (rest - missing).clamp_min(noise)
         excess = torch.where(rest > noise, (rest / best).clamp_min(1).sqrt() - 1, torch.zeros_like(rest))
         self.excess = float(excess.max())
@@ -251,24 +327,22 @@ class Stopping:
         return bool((high - low <= _CLUSTER_WIDTH * high).any())
 
 
-def _ritz(basis: Tensor, image: Tensor, core: Tensor, k: int, steps: int, excess: float) -> Triplets:
-    """The k best triplets inside the basis, polished so that V is orthonormal to rounding in float64."""
+def _ritz(basis: Tensor, image: Tensor, core: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best triplets inside the basis: left = ΔW·V, V orthonormal to rounding in float64, S."""
     _, vectors = reference.eigh_small(core)
     y = vectors[:, :, :k].to(basis.dtype)
-    V, left = basis @ y, image @ y
+    V, left = product(basis, y), product(image, y)
     # V's columns are orthonormal only to float32 rounding of the basis; without this polish the Ritz values carry a
     # relative bias of 1e-7, which is 1e-4 of excess where the best error is 2 % of the norm.
     L, info = torch.linalg.cholesky_ex(_gram64(V, V))
-    if int(info.max()) == 0:
-        fix = torch.linalg.inv(L).mT
-        V, left = (V.double() @ fix).to(V.dtype), (left.double() @ fix).to(left.dtype)
-    values, rotation = reference.eigh_small(_gram64(left, left))
-    rotation = rotation.to(V.dtype)
-    return Triplets(left @ rotation, V @ rotation, values.clamp_min(0).sqrt(), steps, excess)
+    turn = torch.linalg.inv(L).mT if int(info.max()) == 0 else torch.eye(k, dtype=L.dtype, device=L.device).expand_as(L)
+    values, rotation = reference.eigh_small(turn.mT @ _gram64(left, left) @ turn)
+    rotation = (turn @ rotation).to(V.dtype)
+    return product(left, rotation), product(V, rotation), values.clamp_min(0).sqrt()
 
 
 def _flip(t: Triplets) -> Triplets:
     """Triplets of the transpose: U becomes V, and ``left`` = V·S."""
     S = t.S.unsqueeze(1)
     inverse = torch.where(S > 0, 1 / S, torch.zeros_like(S)).to(t.left.dtype)
-    return Triplets(t.V * S.to(t.V.dtype), t.left * inverse, t.S, t.steps, t.excess)
+    return Triplets(t.V * S.to(t.V.dtype), t.left * inverse, t.S, t.steps, t.excess, t.energy, t.energy_error)

@@ -15,6 +15,7 @@ from pathlib import Path
 from flexlora_fast.errors import OptionError
 
 SOLVERS = ("gram", "krylov", "factored", "subspace", "dense", "svd")
+CERTIFICATES = ("exact", "estimate")
 EXACT = frozenset({"gram", "svd"})
 # Iterating in float32 cannot resolve an excess below about this (products round at 6e-8, squared spectrum).
 FLOAT32_TOL = 1e-6
@@ -54,6 +55,7 @@ class Shape:
     k: int
     tol: float = 1e-3
     batch: int = 1
+    certificate: str = "exact"
 
     @property
     def short(self) -> int:
@@ -80,7 +82,9 @@ def seconds(shape: Shape, c: Constants) -> dict[str, float]:
     dense64 = 2 * m * n * R / c.gemm64 + convert
     pack = 4 * 3 * (m + n) * R / c.bytes_per_second
     form = 2 * m * n * R / c.gemm32 + pack + 12 * m * n / c.bytes_per_second
-    energy = (m + n) * R**2 * 1.1 / c.gemm32 + 8 * R**2 / c.bytes_per_second + pack
+    energy = 4.0 * (m + n) * R * 32 / c.thin32  # a block of probes
+    if shape.certificate == "exact":
+        energy = (m + n) * R**2 * 1.1 / c.gemm32 + 8 * R**2 / c.bytes_per_second
     dense_loop = _krylov(shape, c, product=4.0 * m * n / c.thin32, side=s, long=long, rate=c.thin32)
     factor_loop = _krylov(shape, c, product=4.0 * (m + n) * R / c.thin32, side=s, long=long, rate=c.thin32)
     core_loop = _krylov(shape, c, product=4.0 * R * R / c.gemm64, side=R, long=R, rate=c.gemm64)
@@ -123,6 +127,12 @@ def choose(shape: Shape, constants: Constants | None = None) -> str:
     if shape.tol < FLOAT32_TOL or 2 * shape.k >= rank:
         return min(EXACT, key=lambda name: (costs[name], name))
     return min(costs, key=lambda name: (costs[name], name))
+
+
+def check_certificate(certificate: str) -> str:
+    if certificate not in CERTIFICATES:
+        raise OptionError(f"certificate {certificate!r} is neither 'exact' nor 'estimate'")
+    return certificate
 
 
 def check_solver(solver: str) -> str:

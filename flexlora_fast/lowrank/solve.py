@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from flexlora_fast.errors import AdapterError, OptionError
@@ -22,7 +24,14 @@ LARGEST = 1e37
 
 
 def solve(
-    stack: Stack, rank: int, *, solver: str = "auto", tol: float = 1e-3, seed: int = 0, name: str = ""
+    stack: Stack,
+    rank: int,
+    *,
+    solver: str = "auto",
+    tol: float = 1e-3,
+    seed: int = 0,
+    name: str = "",
+    certificate: str = "exact",
 ) -> Factorization:
     """The best rank-``rank`` approximation of each matrix of the stack.
 
@@ -32,12 +41,15 @@ def solve(
         solver: one of ``plan.SOLVERS``, or "auto" for the planner's choice.
         tol: bound on the excess ‖ΔW−X‖_F/‖ΔW−ΔW_k‖_F − 1 of the iterative solvers.
         seed, name: address of the random test matrix.
+        certificate: "exact" computes ‖ΔW‖_F²; "estimate" lets the solvers on the factors estimate what lies outside
+            their subspace, with its standard error (``Factorization.energy_error``).
 
     Raises:
         AdapterError: a factor is not finite, or ΔW is too large for float32.
-        OptionError: unknown solver, or a tol that is negative or NaN.
+        OptionError: unknown solver or certificate, or a tol that is negative or NaN.
     """
     plan.check_solver(solver)
+    plan.check_certificate(certificate)
     if not tol >= 0:
         raise OptionError(f"tol is {tol!r}; give a number ≥ 0 (0 asks for an exact solver)")
     k = min(rank, stack.R, stack.m, stack.n)
@@ -45,19 +57,12 @@ def solve(
     if k == 0:
         return _empty(stack)
     if solver == "auto":
-        solver = plan.choose(plan.Shape(stack.m, stack.n, stack.R, k, tol, stack.batch))
+        solver = plan.choose(plan.Shape(stack.m, stack.n, stack.R, k, tol, stack.batch, certificate))
     scaled, factor = _rescaled(stack, name)
-    result = _dispatch(scaled, k, key, solver, max(tol, plan.FLOAT32_TOL))
+    result = _dispatch(scaled, k, key, solver, max(tol, plan.FLOAT32_TOL), certificate)
     if factor != 1.0:
-        result = Factorization(
-            result.U,
-            result.S * factor,
-            result.V,
-            result.energy * factor**2,
-            solver,
-            result.iterations,
-            result.excess,
-        )
+        error = None if result.energy_error is None else result.energy_error * factor**2
+        result = dataclasses.replace(result, S=result.S * factor, energy=result.energy * factor**2, energy_error=error)
     check_norm(result, name)
     return result
 
@@ -72,7 +77,7 @@ def check_norm(result: Factorization, name: str) -> None:
         )
 
 
-def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float) -> Factorization:
+def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float, certificate: str) -> Factorization:
     if solver == "gram":
         return solve_gram(stack, k, key)
     if solver == "svd":
@@ -84,7 +89,7 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float) -> Factor
             return solve_gram(stack, k, key)
     if solver == "dense":
         return solve_dense(stack, k, key, tol)
-    return solve_subspace(stack, k, key, tol, depth=1 if solver == "subspace" else None)
+    return solve_subspace(stack, k, key, tol, depth=1 if solver == "subspace" else None, certificate=certificate)
 
 
 def in_range(stack: Stack, name: str) -> bool:
