@@ -11,6 +11,7 @@ from __future__ import annotations
 from benchmarks.machine import Limits
 from benchmarks.peers import OURS
 from benchmarks.workloads import AnyWorkload
+from flexlora_fast.lowrank.krylov import block_width
 
 # flops, bytes
 Work = tuple[float, float]
@@ -72,27 +73,32 @@ def method_work(name: str, layer: Layer, solver: str = "", steps: int = 0) -> Wo
 
 
 def solver_work(layer: Layer, solver: str, steps: int) -> Work | None:
-    """Flops and bytes of one of our solvers; ``steps`` are its block steps."""
+    """Flops and bytes of one of our solvers; ``steps`` are its block steps.
+
+    Block Krylov takes three products with a block to start (ΔW, ΔWᵀ, ΔW) and two a step; its basis grows by a block a
+    step and is kept orthogonal twice. ‖ΔW‖_F², the certificate, is in all of them: (m+n)·R² from the Grams' lower
+    halves, where ΔW is not formed.
+    """
     m, n, R, k, short, long = layer.m, layer.n, layer.R, layer.k, layer.short, layer.long
-    energy = 1.0 * (m + n) * R**2  # ‖ΔW‖_F² from the Grams' lower halves
-    expand = 2.0 * (m + n) * R * k
-    columns = min(short, max(8, k // 2) * (steps + 2))  # basis of the block Krylov solvers at the end
-    keep_orthogonal = 4.0 * short * columns**2 + long * columns**2
+    grams = 1.0 * (m + n) * R**2
+    block, products = min(block_width(k), short), 3 + 2 * steps
+    columns = min(short, block * (steps + 1))
+    keep_orthogonal = (4.0 * short + long) * columns**2
     if solver == "gram" and short > R:
-        return energy + 2.0 * R**3 + 9.0 * R**3 + expand, 2 * layer.factors
+        return grams + (2.0 + 9.0) * R**3 + 2.0 * (m + n) * R * k, 2 * layer.factors
     if solver == "gram":
         return layer.form + long * short**2 + 9.0 * short**3 + 2.0 * m * n * k, layer.factors + 3 * layer.dense
-    if solver == "krylov":
-        return energy + 2.0 * R**3 + 4.0 * R * R * columns + 5.0 * R * columns**2 + expand, 2 * layer.factors
+    if solver == "krylov":  # in R dimensions, and a last product of the factors with k columns each way
+        inside = 4.0 * R**2 * columns + 5.0 * R * columns**2 if steps else 11.0 * R**3
+        return grams + inside + 2 * layer.apply * k, 4 * layer.factors
     if solver == "factored":
-        return energy + 2 * layer.apply * columns + keep_orthogonal, (2 + 2 * (steps + 2)) * layer.factors
+        return grams + products * layer.apply * block + keep_orthogonal, (2 + products) * layer.factors
     if solver == "subspace":
-        w, passes = k + max(10, k // 5), 3 * (steps + 1)
-        return energy + passes * layer.apply * w + passes * 4.0 * long * w**2, (2 + passes) * layer.factors
+        w, products = k + max(10, k // 5), 3 + 3 * steps
+        return grams + products * (layer.apply * w + 4.0 * long * w**2), (2 + products) * layer.factors
     if solver == "dense":
-        passes = 2 * (steps + 2)
-        products = 4.0 * m * n * columns
-        return layer.form + products + keep_orthogonal, layer.factors + (2 + passes) * layer.dense
+        flops = layer.form + products * 2.0 * m * n * block + keep_orthogonal
+        return flops, layer.factors + (2 + products) * layer.dense
     if solver == "svd":
         return layer.form + full_svd_flops(m, n), layer.factors + 3 * layer.dense
     return None

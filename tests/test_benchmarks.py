@@ -165,6 +165,8 @@ def test_fresh_process_reports_peak_and_limits_time() -> None:
         process.prepare(_endless)
         with pytest.raises(fresh.OverLimit):
             process.run(0.1)
+        process.prepare(_allocate, 1 << 20)  # in a new process
+        assert process.run().value > 0
 
 
 def _stub_benchmark() -> Any:
