@@ -14,6 +14,7 @@ import torch
 from flexlora_fast import finishing, memory, methods
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.admission import Admission, check_name, check_values
+from flexlora_fast.backends import cpu
 from flexlora_fast.errors import (
     AdapterError,
     BackendError,
@@ -23,8 +24,11 @@ from flexlora_fast.errors import (
     RankError,
     WeightError,
 )
+from flexlora_fast.incremental import GramTable
+from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.methods import Method
+from flexlora_fast.precision import full_precision
 from flexlora_fast.progress import track
 from flexlora_fast.update import GlobalUpdate, Refusal
 from flexlora_fast.work import Client, Settings, Work
@@ -46,6 +50,7 @@ def aggregate(
     *,
     clients: Sequence[str] | None = None,
     missing: Literal["zero", "renormalize"] = "zero",
+    certificate: Literal["exact", "estimate"] = "exact",
     memory_limit: int | str | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
@@ -85,6 +90,7 @@ def aggregate(
         device,
         seed,
         missing=missing,
+        certificate=certificate,
         memory_limit=memory_limit,
         read="finish",
         progress=progress,
@@ -113,6 +119,8 @@ class Aggregator:
         seed: of the test matrices, whose entries are addressed by (seed, layer, row).
         missing: a client without a layer counts as zero there ("zero"), or its weight is shared out
             ("renormalize").
+        certificate: "exact" computes ‖ΔW‖_F; "estimate" lets solvers measure what lies outside their subspace with
+            random probes, and state the standard error: several times faster where R is large.
         memory_limit: bound on the memory that the round works in: bytes, or a text such as "2GiB" (default: half of
             the machine's). It covers tensors read from files, stacks and the solvers' scratch; not the interpreter,
             adapters that came in memory, or a result that stays in memory. A layer that does not fit is summed up from
@@ -143,6 +151,7 @@ class Aggregator:
         seed: int = 0,
         *,
         missing: Literal["zero", "renormalize"] = "zero",
+        certificate: Literal["exact", "estimate"] = "exact",
         memory_limit: int | str | None = None,
         read: Literal["add", "finish"] = "add",
         progress: bool | None = None,
@@ -157,12 +166,14 @@ class Aggregator:
             raise OptionError(f"read {read!r} is neither 'add' nor 'finish'")
         self.rank, self.method, self.solver, self.tol = rank, methods.get(method), plan.check_solver(solver), tol
         self.device, self.seed, self.missing = _device(device), seed, missing
+        self.certificate = plan.check_certificate(certificate)
         self.memory_limit = memory.parse_limit(memory_limit)
         self.read, self.progress = read, progress
         self.refused: list[Refusal] = []
         self._clients: dict[str, Client] = {}
         self._admission = Admission()
         self._kept = 0  # bytes of tensors from files
+        self._grams = self._gram_table()
         self._suspicious = False  # whether a client's values turned out bad in ``finish``
         self._started = time.perf_counter()
 
@@ -190,7 +201,10 @@ class Aggregator:
             AdapterError (UnsupportedAdapterError, IncompatibleAdapterError), WeightError: the client is refused,
             noted in ``refused``, and the round is as if it had never come.
 
-        A folder must stay as it is until the round is finished.
+        A folder, or an adapter's tensors, must stay as they are until the round is finished.
+
+        With ``read="add"`` this is where most of the round's work happens: files are read, values checked, and the
+        Grams of the factors grow with every 128 columns, as far as a quarter of ``memory_limit`` goes.
         """
         name = self.name_for(adapter) if client is None else client
         try:
@@ -208,6 +222,9 @@ class Aggregator:
         self._clients[name] = Client(name, held, float(weight), source, checked=self.read == "add")
         self._kept += held.skeleton.nbytes if held is not source else 0
         self._admission.accept(name, source)
+        if self._grams is not None and not held.on_disk:
+            with full_precision():
+                self._grams.take(name, held)
 
     def finish(self, out: str | os.PathLike[str] | None = None) -> GlobalUpdate:
         """Aggregate what was added.
@@ -227,7 +244,7 @@ class Aggregator:
         if self._suspicious:
             self._check_the_others()
         clients = self._weighted()
-        work = Work(clients, self._settings())
+        work = Work(clients, self._settings(), self._grams)
         frame = GlobalUpdate(
             layer_updates={},
             clients=[finishing.record(client) for client in clients],
@@ -254,8 +271,27 @@ class Aggregator:
 
     def _settings(self) -> Settings:
         return Settings(
-            self.rank, self.method, self.solver, self.tol, self.device, self.seed, self.missing, self.memory_limit
+            self.rank,
+            self.method,
+            self.solver,
+            self.tol,
+            self.device,
+            self.seed,
+            self.missing,
+            self.memory_limit,
+            self.certificate,
         )
+
+    def _gram_table(self) -> GramTable | None:
+        """Grams are worth growing where clients come one by one and their factors go into the sum as they are."""
+        if self.read != "add" or not self.method.folds or self.device.type != "cpu" or not cpu.usable("float32"):
+            return None
+
+        def wanted(spec: LayerSpec, columns: int, sixteen: bool) -> bool:
+            shape = plan.Shape(spec.m, spec.n, columns, self.rank or 16, self.tol, 1, self.certificate, sixteen)
+            return (plan.choose(shape) if self.solver == "auto" else self.solver) == "krylov"
+
+        return GramTable(self.memory_limit // 4, wanted)
 
     # -- memory ---
 
@@ -267,6 +303,10 @@ class Aggregator:
     def _make_room(self, work: Work) -> int:
         """Let go of tensors in memory that solving leaves no room for; they are read again. Bytes to read ahead."""
         room = self.memory_limit - work.scratch
+        if self._grams is not None:
+            if self._grams.nbytes > room - work.held:
+                self._grams.drop()
+            room -= self._grams.nbytes
         for name in self.clients:
             client = self._clients[name]
             if client.adapter is not client.source and self._kept > room - work.held:

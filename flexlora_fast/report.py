@@ -64,7 +64,8 @@ class Report:
         stable_rank: ‖ΔW‖_F²/σ_1², for MoE the mean over experts; effective_rank: see :func:`effective_rank`,
         None where the spectrum was cut;
         error: ‖ΔW − ΔW_r‖_F and energy_kept: its share of ‖ΔW‖_F², each by rank of interest, None beyond what is
-        kept; solver, iterations, excess: how it was solved, with the estimated excess at rank k (0: exact).
+        kept; solver, iterations, excess: how it was solved, with the estimated excess at rank k (0: exact);
+        energy_error: the standard error of ‖ΔW‖_F² where it was estimated (0: computed).
         Methods that hand out slices of averaged factors can have energy_kept < 0: what is cut off then cancelled.
         """
         return [self._row(self.update[layer]) for layer in self.layers]
@@ -90,6 +91,7 @@ class Report:
             "solver": layer.solver,
             "iterations": layer.iterations,
             "excess": _finite(layer.excess),
+            "energy_error": layer.energy_error,
         }
 
     @cached_property

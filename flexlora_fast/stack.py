@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,11 +37,20 @@ class Stack:
     """A table of blocks in canonical client order, with the packed forms that the solvers read.
 
     P = [B_1 … B_K] is (b, m, R), Q = [A_1; …; A_K] is (b, R, n), d is (R,), R = Σ r_i.
-    The blocks themselves are never modified.
+    The blocks themselves are never modified. ``grams``: gives PᵀP and QQᵀ (b, R, R) float32, for the caller to keep,
+    where they are known already.
     """
 
-    def __init__(self, blocks: Sequence[Block], m: int, n: int, batch: int = 1) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        m: int,
+        n: int,
+        batch: int = 1,
+        grams: Callable[[], tuple[Tensor, Tensor] | None] | None = None,
+    ) -> None:
         self.blocks = [block for block in blocks if block.d.numel()]
+        self.grams = grams
         self.m, self.n, self.batch = m, n, batch
         for block in self.blocks:
             got = (block.B.shape[0], block.B.shape[1], block.A.shape[2])
@@ -76,6 +85,11 @@ class Stack:
         """[A_1; …; A_K], (b, R, n), a new tensor."""
         empty = torch.zeros(self.batch, 0, self.n, dtype=dtype, device=self.device)
         return torch.cat([empty, *(block.A.to(dtype) for block in self.blocks)], dim=1)
+
+    @property
+    def sixteen(self) -> bool:
+        """Whether all factors are bfloat16."""
+        return all(X.dtype == torch.bfloat16 for block in self.blocks for X in (block.B, block.A))
 
     @property
     def device(self) -> torch.device:

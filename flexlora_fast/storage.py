@@ -26,7 +26,7 @@ FORMAT = "flexlora_fast.global_update/2"
 _PADDING = "padding"
 # Bytes of the header for the dtype, shape and offsets of one tensor, and for the numbers of one layer; generous.
 _ENTRY, _FACTS = 400, 400
-_PARTS = ("U", "V", "B", "A", "bias", "S", "energy")
+_PARTS = ("U", "V", "B", "A", "bias", "S", "energy", "energy_error")
 
 
 def save(update: GlobalUpdate, path: Path) -> Path:
@@ -111,6 +111,8 @@ class UpdateWriter:
         for part, tensor in parts.items():
             self._writer.add(f"{part}/{layer.name}", tensor)
         self._small |= {f"S/{layer.name}": f.S, f"energy/{layer.name}": f.energy}
+        if f.energy_error is not None:
+            self._small[f"energy_error/{layer.name}"] = f.energy_error
 
     def add_extra(self, key: str, tensor: Tensor) -> None:
         self._flush()
@@ -142,8 +144,10 @@ class StoredFactorization(Factorization):
     U = property(lambda self: self._file[f"U/{self._name}"])
     V = property(lambda self: self._file[f"V/{self._name}"])
 
-    def __init__(self, file: TensorFile, name: str, S: Tensor, energy: Tensor, facts: Mapping[str, Any]) -> None:
-        known = {"S": S, "energy": energy} | {key: facts[key] for key in ("solver", "iterations", "excess")}
+    def __init__(self, file: TensorFile, name: str, small: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        known: dict[str, Any] = {"S": small[f"S/{name}"], "energy": small[f"energy/{name}"]}
+        known |= {key: facts[key] for key in ("solver", "iterations", "excess")}
+        known["energy_error"] = small.get(f"energy_error/{name}")
         self.__dict__.update(known, _file=file, _name=name)
 
 
@@ -181,7 +185,8 @@ def load(path: Path) -> GlobalUpdate:
 
 def _parse(about: dict[str, Any], file: TensorFile) -> GlobalUpdate:
     extras = {key.removeprefix("extra/"): key for key in file if key.startswith("extra/")}
-    small = file.read([f"{part}/{name}" for name in about["layers"] for part in ("S", "energy")])
+    keys = [f"{part}/{name}" for name in about["layers"] for part in ("S", "energy")]
+    small = file.read(keys + [key for key in file if key.startswith("energy_error/")])
     return GlobalUpdate(
         layer_updates={name: _load_layer(name, facts, file, small) for name, facts in about["layers"].items()},
         extras=file.renamed(extras) if extras else {},
@@ -201,13 +206,13 @@ def _record(client: dict[str, Any], kinds: list[dict[str, Any]]) -> ClientRecord
 
 
 def _load_layer(name: str, facts: dict[str, Any], file: TensorFile, small: Mapping[str, Tensor]) -> LayerUpdate:
-    spec, S, energy = LayerSpec.from_json(facts["spec"]), small[f"S/{name}"], small[f"energy/{name}"]
-    count, k = S.shape
+    spec = LayerSpec.from_json(facts["spec"])
+    count, k = small[f"S/{name}"].shape
     shapes = {"U": (count, spec.m, k), "V": (count, spec.n, k), "energy": (count,)}
     for part, shape in shapes.items():
         if file.entry(f"{part}/{name}").shape != shape:
             raise ValueError(f"{part} of layer {name!r} has not shape {shape}")
-    layer = StoredLayer(file, StoredFactorization(file, name, S, energy, facts), spec, facts["total_rank"])
+    layer = StoredLayer(file, StoredFactorization(file, name, small, facts), spec, facts["total_rank"])
     if f"B/{name}" in file:
         file.entry(f"A/{name}")
     return layer

@@ -91,6 +91,12 @@ class LayerUpdate:
         return float(self.factorization.energy.sum())
 
     @property
+    def energy_error(self) -> float:
+        """Standard error of ``energy`` where it was estimated (``certificate="estimate"``); 0 where it was computed."""
+        error = self.factorization.energy_error
+        return 0.0 if error is None else float(error.square().sum().sqrt())
+
+    @property
     def norm(self) -> float:
         """‖ΔW‖_F."""
         return self.energy**0.5
@@ -116,7 +122,8 @@ class LayerUpdate:
     def error(self, rank: int) -> float:
         """‖ΔW − ΔW_rank‖_F of the adapter of that rank: √(‖ΔW‖_F² − Σ_{j≤rank} σ_j²).
 
-        Resolved down to about 1e-8·‖ΔW‖ for exact solvers and 5e-4·‖ΔW‖ for those that iterate in float32.
+        Resolved down to about 1e-8·‖ΔW‖ for exact solvers and 5e-4·‖ΔW‖ for those that iterate in float32; its
+        standard error is energy_error / (2·error) where the energy was estimated.
         Raises ``RankError`` beyond what is kept, unless nothing was cut off.
         """
         self.check_rank(rank, lowest=0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from flexlora_fast import memory, values
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import FlexLoRAError, OptionError
+from flexlora_fast.incremental import GramTable
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.accumulate import Accumulator
@@ -56,6 +57,7 @@ class Settings:
     seed: int
     missing: str
     limit: int
+    certificate: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Work:
 
     clients: Sequence[Client]  # of positive weight, in canonical order
     settings: Settings
+    grams: GramTable | None = None
     plans: list[LayerPlan] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -146,7 +149,18 @@ class Work:
     ) -> tuple[Factorization, tuple[Tensor, Tensor] | None, int]:
         of, spec = self.settings, layer.spec
         stack = self._stack(spec, piece, bias)
-        result = solve(stack, layer.rank, solver=of.solver, tol=of.tol, seed=of.seed, name=spec.name)
+        if (table := self.grams) is not None:
+            factors = [(c.client, c.B, c.A) for c in piece.contributions]
+            stack.grams = lambda: table.of(spec.name, factors)
+        result = solve(
+            stack,
+            layer.rank,
+            solver=of.solver,
+            tol=of.tol,
+            seed=of.seed,
+            name=spec.name,
+            certificate=of.certificate,
+        )
         averaged = None
         if of.method.output == "slice":
             averaged = (stack.P.cpu(), stack.Q.cpu())  # whole: the error of a slice is what it leaves behind
@@ -203,7 +217,8 @@ def plan_layer(name: str, skeletons: Sequence[tuple[Skeleton, int]], of: Setting
     nbytes = sum(s.layer_bytes[name] * count for s, count in having)
     rank = of.rank or widest
     columns = total_rank if of.method.output == "svd" else widest
-    shape = plan.Shape(spec.m, spec.n, columns, min(rank, columns, spec.m, spec.n), of.tol, spec.experts)
+    kept = min(rank, columns, spec.m, spec.n)
+    shape = plan.Shape(spec.m, spec.n, columns, kept, of.tol, spec.experts, of.certificate)
     solver = plan.choose(shape) if of.solver == "auto" else of.solver
     scratch = memory.scratch(solver, shape)
     if of.method.folds:
@@ -259,4 +274,5 @@ class _Bias:
 
 
 def _to_cpu(f: Factorization) -> Factorization:
-    return Factorization(f.U.cpu(), f.S.cpu(), f.V.cpu(), f.energy.cpu(), f.solver, f.iterations, f.excess)
+    error = None if f.energy_error is None else f.energy_error.cpu()
+    return Factorization(f.U.cpu(), f.S.cpu(), f.V.cpu(), f.energy.cpu(), f.solver, f.iterations, f.excess, error)

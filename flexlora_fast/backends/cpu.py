@@ -144,5 +144,4 @@ def _stacked(matrices: list[Tensor]) -> Tensor:
 
 def _precision(stack: Stack) -> Precision:
     """bfloat16 where all factors are, whose products are then exact; otherwise float32."""
-    sixteen = all(X.dtype == torch.bfloat16 for block in stack.blocks for X in (block.B, block.A))
-    return "bfloat16" if sixteen and usable("bfloat16") else "float32"
+    return "bfloat16" if stack.sixteen and usable("bfloat16") else "float32"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from flexlora_fast.backends import cpu
 from flexlora_fast.lowrank.plan import Constants
 
 
@@ -30,7 +31,7 @@ def median_seconds(call: Callable[[], object], repeats: int = 5) -> float:
 def measure() -> Constants:
     """Time one representative op for each constant (about 20 s on two cores)."""
     torch.manual_seed(0)
-    side, n, width = 2048, 768, 64
+    side, n, width = 2048, 768, 48
     a32 = torch.randn(side, side)
     a64 = a32[:1024, :1024].double()
     thin = torch.randn(side, width)
@@ -38,15 +39,21 @@ def measure() -> Constants:
     spd = spd @ spd.T
     small = torch.randn(8, 8)
     tall = torch.randn(2048, 1024)
+    gemm32 = 2 * side**3 / median_seconds(lambda: cpu.matmul(a32, a32))
+    gemm16 = gemm32  # without the instructions, bfloat16 factors are multiplied in float32
+    if cpu.usable("bfloat16"):
+        a16 = a32.bfloat16()
+        gemm16 = 2 * side**3 / median_seconds(lambda: cpu.matmul(a16, a16, precision="bfloat16"))
     return Constants(
-        gemm32=2 * side**3 / median_seconds(lambda: a32 @ a32),
+        gemm32=gemm32,
+        gemm16=gemm16,
         gemm64=2 * 1024**3 / median_seconds(lambda: a64 @ a64),
-        thin32=2 * side**2 * width / median_seconds(lambda: a32.mT @ (a32 @ thin)) * 2,
+        thin32=2 * side**2 * width / median_seconds(lambda: cpu.matmul(a32.mT, cpu.matmul(a32, thin))) * 2,
         eigh64=median_seconds(lambda: torch.linalg.eigh(spd)) / n**3,
         svd64=median_seconds(lambda: torch.linalg.svd(spd, full_matrices=False), 3) / n**3,
         cholesky64=median_seconds(lambda: torch.linalg.cholesky(spd)) / n**3,
         bytes_per_second=12 * tall.numel() / median_seconds(tall.double),
-        call=median_seconds(lambda: small @ small, 200),
+        call=median_seconds(lambda: torch.linalg.cholesky_ex(small.double().mT @ small.double() + 1), 200) / 3,
         measured_on=f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",
     )

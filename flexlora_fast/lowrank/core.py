@@ -19,11 +19,10 @@ from torch import Tensor
 from flexlora_fast.backends import cpu, reference
 from flexlora_fast.lowrank.factorization import Factorization, finish
 from flexlora_fast.lowrank.krylov import STEP, Stopping, block_width
+from flexlora_fast.lowrank.plan import direct
 from flexlora_fast.lowrank.random import signs
 from flexlora_fast.stack import Block, Stack
 
-# Up to this R, or this many times k, one R×R eigenproblem is cheaper than the steps it replaces.
-_DIRECT, _DIRECT_SHARE = 256, 3
 # Directions whose part outside the basis is below this share of them are rounding.
 _DEPENDENT = 1e-4
 # Share of rounding in a block from which on it no longer continues the Krylov sequence, see krylov.py.
@@ -69,11 +68,12 @@ def _matrix(stack: Stack, i: int) -> Stack:
 
 
 def _solve(stack: Stack, k: int, key: int, tol: float) -> Factorization:
-    G, M, p = scaled_grams(*cpu.gram(stack), stack.d.to(stack.device))
+    known = stack.grams() if stack.grams else None
+    G, M, p = scaled_grams(*(known or cpu.gram(stack)), stack.d.to(stack.device))
     energy = _inner(G, M)
     if energy == 0:
         found = Subspace(G.new_zeros(stack.R, k), 0.0, 0, 0.0)
-    elif max(_DIRECT, _DIRECT_SHARE * k) >= stack.R:
+    elif direct(stack.R, k):
         found = _direct(G, M, k)
     else:
         found = _iterate(G, M, energy, k, key, tol)

@@ -25,8 +25,9 @@ FLOAT32_TOL = 1e-6
 class Constants:
     """Speeds of one machine: flops per second for products, seconds for the rest."""
 
-    gemm32: float  # flop/s of a large float32 product
-    gemm64: float  # flop/s of a large float64 product
+    gemm32: float  # flop/s of large float32 products
+    gemm16: float  # flop/s of the same where all factors are bfloat16
+    gemm64: float  # flop/s of large float64 products
     thin32: float  # flop/s of float32 products with a block of vectors
     eigh64: float  # seconds per n³ of a float64 symmetric eigenproblem
     svd64: float  # seconds per L·s² of a float64 SVD
@@ -47,7 +48,10 @@ def default_constants() -> Constants:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a solve costs by: b matrices of m×n, stack width R, target rank k, tolerance."""
+    """What a solve costs by: b matrices of m×n, stack width R, target rank k, tolerance.
+
+    ``sixteen``: all factors are bfloat16, so that their products are exact at twice the speed.
+    """
 
     m: int
     n: int
@@ -56,6 +60,7 @@ class Shape:
     tol: float = 1e-3
     batch: int = 1
     certificate: str = "exact"
+    sixteen: bool = False
 
     @property
     def short(self) -> int:
@@ -75,34 +80,59 @@ def seconds(shape: Shape, c: Constants) -> dict[str, float]:
     """Predicted seconds of every solver on one layer."""
     m, n, R, k = shape.m, shape.n, max(shape.R, 1), shape.k
     s, long = shape.short, max(m, n)
+    large = c.gemm16 if shape.sixteen else c.gemm32
     convert = 3 * 12 * (m + n) * R / c.bytes_per_second
-    grams64 = 2 * (m + n) * R**2 / c.gemm64 + convert
-    core = grams64 + 2 * c.cholesky64 * R**3 + 2 * R**3 / c.gemm64
-    expand = 2 * (m + n) * R * k / c.gemm64 + 4 * R**2 * k / c.gemm64
     dense64 = 2 * m * n * R / c.gemm64 + convert
-    pack = 4 * 3 * (m + n) * R / c.bytes_per_second
-    form = 2 * m * n * R / c.gemm32 + pack + 12 * m * n / c.bytes_per_second
+    form = 2 * m * n * R / large + 8 * m * n / c.bytes_per_second
+    grams = (m + n) * R**2 * _DIAGONAL / large
     energy = 4.0 * (m + n) * R * 32 / c.thin32  # a block of probes
     if shape.certificate == "exact":
-        energy = (m + n) * R**2 * 1.1 / c.gemm32 + 8 * R**2 / c.bytes_per_second
+        energy = grams + 8 * R**2 / c.bytes_per_second
     dense_loop = _krylov(shape, c, product=4.0 * m * n / c.thin32, side=s, long=long, rate=c.thin32)
     factor_loop = _krylov(shape, c, product=4.0 * (m + n) * R / c.thin32, side=s, long=long, rate=c.thin32)
-    core_loop = _krylov(shape, c, product=4.0 * R * R / c.gemm64, side=R, long=R, rate=c.gemm64)
     width = k + max(10, k // 5)
     power = 3 * shape.steps * (4.0 * (m + n) * R * width / c.thin32 + 8 * long * width**2 / c.gemm64 + 20 * c.call)
-    if s <= R:
-        gram = dense64 + 2 * long * s**2 / c.gemm64 + c.eigh64 * s**3 + 2 * m * n * k / c.gemm64
-    else:
-        gram = core + 2 * R**3 / c.gemm64 + c.eigh64 * R**3 + expand
     costs = {
-        "gram": gram + 20 * c.call,
-        "krylov": core + core_loop + expand,
+        "gram": _gram(shape, c, dense64, convert) + 40 * c.call,
+        "krylov": grams + 24 * R**2 / c.bytes_per_second + _core(shape, c) + 80 * c.call,
         "factored": energy + factor_loop,
         "subspace": energy + power,
         "dense": form + dense_loop,
         "svd": dense64 + c.svd64 * long * s**2,
     }
     return {name: shape.batch * cost for name, cost in costs.items()}
+
+
+# A Gram's triangle is computed in blocks: this much of half the products.
+_DIAGONAL = 1.08
+
+
+def _gram(shape: Shape, c: Constants, dense64: float, convert: float) -> float:
+    """Seconds of the exact solver."""
+    m, n, R, k, s, long = shape.m, shape.n, max(shape.R, 1), shape.k, shape.short, max(shape.m, shape.n)
+    if s <= R:
+        return dense64 + 2 * long * s**2 / c.gemm64 + c.eigh64 * s**3 + 2 * m * n * k / c.gemm64
+    core = 2 * (m + n) * R**2 / c.gemm64 + convert + 2 * c.cholesky64 * R**3 + 2 * R**3 / c.gemm64
+    expand = 2 * (m + n) * R * k / c.gemm64 + 4 * R**2 * k / c.gemm64
+    return core + 2 * R**3 / c.gemm64 + c.eigh64 * R**3 + expand
+
+
+def _core(shape: Shape, c: Constants) -> float:
+    """Seconds of the Gram-core solver behind its Grams: the iteration in R dimensions, and the last pass."""
+    m, n, R, k = shape.m, shape.n, max(shape.R, 1), shape.k
+    width = k + 8
+    last = (4 * m + 2 * n) * R * width / c.thin32 + 6 * (m + n) * width**2 / c.gemm64 + c.eigh64 * width**3
+    if direct(R, k):
+        return last + (c.eigh64 + 2 * c.cholesky64) * R**3 + 4 * R**3 / c.gemm64
+    columns = min(R, shape.basis(R) * 1.3)  # leading directions drop out of the blocks as they converge
+    steps = columns / max(16, k / 2)
+    small = 12 * R * columns**2 / c.gemm64 + 0.4 * c.eigh64 * steps * columns**3 / 4 + c.eigh64 * columns**3
+    return last + 4.0 * R**2 * columns / c.thin32 + small + 45 * steps * c.call
+
+
+def direct(R: int, k: int) -> bool:
+    """Whether one R×R eigenproblem is cheaper than the Krylov steps it replaces."""
+    return max(256, 3 * k) >= R
 
 
 def _krylov(shape: Shape, c: Constants, *, product: float, side: int, long: int, rate: float) -> float:
@@ -125,7 +155,8 @@ def choose(shape: Shape, constants: Constants | None = None) -> str:
     rank = min(shape.R, shape.short)
     # Nothing to iterate on where most of the spectrum is kept, or where float32 products cannot resolve tol.
     if shape.tol < FLOAT32_TOL or 2 * shape.k >= rank:
-        return min(EXACT, key=lambda name: (costs[name], name))
+        names = EXACT | {"krylov"} if shape.tol >= FLOAT32_TOL and direct(shape.R, shape.k) else EXACT
+        return min(names, key=lambda name: (costs[name], name))
     return min(costs, key=lambda name: (costs[name], name))
 
 

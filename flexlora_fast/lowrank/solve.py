@@ -57,7 +57,7 @@ def solve(
     if k == 0:
         return _empty(stack)
     if solver == "auto":
-        solver = plan.choose(plan.Shape(stack.m, stack.n, stack.R, k, tol, stack.batch, certificate))
+        solver = plan.choose(plan.Shape(stack.m, stack.n, stack.R, k, tol, stack.batch, certificate, stack.sixteen))
     scaled, factor = _rescaled(stack, name)
     result = _dispatch(scaled, k, key, solver, max(tol, plan.FLOAT32_TOL), certificate)
     if factor != 1.0:

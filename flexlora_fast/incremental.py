@@ -1,0 +1,125 @@
+"""Grams that grow as clients arrive, so that little is left to do when the last one is there.
+
+Weights come in after the Grams (they scale rows and columns), so what is computed for a client stays right whoever
+comes later; and an entry of a Gram is summed in an order of its own, so the result is the same bit for bit as from all
+clients at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flexlora_fast.adapter import Adapter
+from flexlora_fast.backends import cpu
+from flexlora_fast.layouts import LayerSpec
+from flexlora_fast.stack import Block
+
+# Columns that wait until they are multiplied together: with fewer, each client would read all factors before it again.
+_PENDING = 128
+# Rows that are added to a Gram that is full: a quarter of what it has.
+_GROWTH = 4
+
+
+@dataclass
+class _Layer:
+    """Factors of one layer in the order of arrival, and the Grams of those before ``done`` columns."""
+
+    spec: LayerSpec
+    dtype: torch.dtype
+    blocks: list[Block] = field(default_factory=list)
+    columns: dict[str, range] = field(default_factory=dict)
+    versions: dict[str, tuple[int, int]] = field(default_factory=dict)
+    total: int = 0
+    done: int = 0
+    done_blocks: int = 0
+    left: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    right: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+
+    def take(self, client: str, B: Tensor, A: Tensor) -> None:
+        rank = A.shape[1]
+        self.blocks.append(Block(B, A, torch.ones(rank, dtype=torch.float64)))
+        self.columns[client] = range(self.total, self.total + rank)
+        self.versions[client] = (B._version, A._version)
+        self.total += rank
+
+    def advance(self) -> None:
+        """Compute what the columns since ``done`` add to the Grams."""
+        if self.done == self.total:
+            return
+        if self.total > self.left.shape[0]:
+            size = self.total + self.total // _GROWTH
+            self.left, self.right = _grown(self.left, self.done, size), _grown(self.right, self.done, size)
+        for G, new in zip(
+            (self.left, self.right), cpu.cross_gram(self.blocks, self.blocks[self.done_blocks :]), strict=True
+        ):
+            G[: self.total, self.done : self.total] = new[0]
+            G[self.done : self.total, : self.done] = new[0, : self.done].mT
+        self.done, self.done_blocks = self.total, len(self.blocks)
+
+    def has(self, client: str, B: Tensor, A: Tensor) -> bool:
+        """Whether a client's factors are here, and nobody wrote to them since."""
+        return self.versions.get(client) == (B._version, A._version)
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.left.numel() * self.left.element_size()
+
+
+def _grown(G: Tensor, used: int, size: int) -> Tensor:
+    larger = G.new_empty(size, size)
+    larger[:used, :used] = G[:used, :used]
+    return larger
+
+
+class GramTable:
+    """The Grams of every layer worth it, within ``limit`` bytes; beyond it, it lets go of all of them.
+
+    ``wanted(spec, columns, sixteen)`` says whether a layer with that many columns will be solved from its Grams.
+    """
+
+    def __init__(self, limit: int, wanted: Callable[[LayerSpec, int, bool], bool]) -> None:
+        self._limit, self._wanted = limit, wanted
+        self._layers: dict[str, _Layer] | None = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self._layers.values()) if self._layers else 0
+
+    def drop(self) -> None:
+        """Let go of everything; what comes later is not taken either."""
+        self._layers = None
+
+    def take(self, client: str, adapter: Adapter) -> None:
+        """Take a client whose tensors are in memory and checked, and compute what is due."""
+        if self._layers is None:
+            return
+        for name in adapter.layers:
+            A, B = adapter.factors(name)
+            if name not in self._layers:
+                self._layers[name] = _Layer(adapter.spec(name), A.dtype)
+            layer = self._layers[name]
+            if A.dtype != layer.dtype or B.dtype != layer.dtype or layer.spec.experts != 1:
+                return self.drop()  # products of mixed types are not the same in another order
+            layer.take(client, B, A)
+        for layer in self._layers.values():
+            due = layer.total - layer.done >= _PENDING
+            if due and self._wanted(layer.spec, layer.total, layer.dtype == torch.bfloat16):
+                layer.advance()
+        if self.nbytes > self._limit:
+            self.drop()
+
+    def of(self, name: str, factors: Sequence[tuple[str, Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+        """PᵀP and QQᵀ (1, R, R) of a layer for these clients' B and A, in this order; None where not all are here."""
+        layer = (self._layers or {}).get(name)
+        if layer is None or layer.done == 0 or not all(layer.has(*factor) for factor in factors):
+            return None
+        layer.advance()
+        index = torch.tensor([column for client, _, _ in factors for column in layer.columns[client]])
+        left, right = (
+            G[: layer.total].index_select(0, index).index_select(1, index) for G in (layer.left, layer.right)
+        )
+        return left.unsqueeze(0), right.unsqueeze(0)
