@@ -99,7 +99,7 @@ def test_the_limit_changes_nothing_that_fits(tmp_path: Path) -> None:
             assert_identical(expected, finished(clients, folders, memory_limit=limit, read=read))
 
 
-def test_threads_do_not_change_the_result(tmp_path: Path) -> None:
+def test_runs_are_identical_bit_for_bit_and_threads_change_rounding_only(tmp_path: Path) -> None:
     clients = many(40)
     folders = saved(clients, tmp_path)
     before = torch.get_num_threads()
@@ -108,11 +108,29 @@ def test_threads_do_not_change_the_result(tmp_path: Path) -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             results += [finished(clients, folders, read="finish") for _ in range(2)]
+            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     assert_identical(results[0], results[1])
     assert_identical(results[2], results[3])
     np.testing.assert_allclose(results[0]["fc"].S, results[2]["fc"].S, rtol=1e-6)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_round_leaves_no_thread(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = saved(rounds.typical("linear"), tmp_path / "in")
+
+    def interrupted(*_: Any) -> None:
+        raise error
+
+    for where in ("work.Work.solve_layer", "storage.UpdateWriter.add", "adapter.Adapter.factors_and_bias"):
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(f"flexlora_fast.{where}", interrupted)
+            ff.aggregate(folders, out=tmp_path / "out")
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("flexlora_fast")]
+    assert os.listdir(tmp_path) == ["in"]
 
 
 # -- each byte once ---
