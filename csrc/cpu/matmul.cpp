@@ -279,8 +279,9 @@ at::Tensor matmul(const std::vector<at::Tensor>& a, int64_t a_axis, const std::v
     };
     float* C = result.mutable_data_ptr<float>();
     const int64_t ld = M > 1 ? result.stride(0) : N;
-    // Reading down the columns of a wide A for a few columns of B is slow; the transposed product reads along them.
-    if (!symmetric && A.column_major() && N <= kFew && N < M) {
+    // Reading down the columns of a wide A for a few columns of B is slow; the transposed product reads along them. It
+    // would scale the other operand, which rounds otherwise: layouts must not change the result.
+    if (!symmetric && d == nullptr && A.column_major() && N <= kFew && N < M) {
         run(B.transposed(), A.transposed(), {C, ld, out.has_value(), true});
     } else {
         run(A, B, {C, ld, out.has_value(), false});
