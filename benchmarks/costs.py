@@ -9,7 +9,7 @@ fit in cache, at float32.
 from __future__ import annotations
 
 from benchmarks.machine import Limits
-from benchmarks.peers import OURS
+from benchmarks.peers import ESTIMATED, OURS
 from benchmarks.workloads import AnyWorkload
 from flexlora_fast.lowrank.krylov import block_width
 
@@ -44,8 +44,8 @@ class Layer:
 
 def method_work(name: str, layer: Layer, solver: str = "", steps: int = 0) -> Work | None:
     """Flops and bytes of one method; None where it has no formula here."""
-    if name == OURS:
-        return solver_work(layer, solver, steps)
+    if name in (OURS, ESTIMATED):
+        return solver_work(layer, solver, steps, exact=name == OURS)
     m, n, R, k, short, long = layer.m, layer.n, layer.R, layer.k, layer.short, layer.long
     w = min(k + 10, short)
     svd, formed = full_svd_flops(m, n), layer.factors + layer.dense
@@ -72,12 +72,12 @@ def method_work(name: str, layer: Layer, solver: str = "", steps: int = 0) -> Wo
     return None
 
 
-def solver_work(layer: Layer, solver: str, steps: int) -> Work | None:
+def solver_work(layer: Layer, solver: str, steps: int, exact: bool = True) -> Work | None:
     """Flops and bytes of one of our solvers; ``steps`` are its block steps.
 
     Block Krylov takes three products with a block to start (ΔW, ΔWᵀ, ΔW) and two a step; its basis grows by a block a
     step and is kept orthogonal twice. ‖ΔW‖_F², the certificate, is in all of them: (m+n)·R² from the Grams' lower
-    halves, where ΔW is not formed.
+    halves, where ΔW is not formed, or 32 probes where it is estimated.
     """
     m, n, R, k, short, long = layer.m, layer.n, layer.R, layer.k, layer.short, layer.long
     grams = 1.0 * (m + n) * R**2
@@ -91,6 +91,8 @@ def solver_work(layer: Layer, solver: str, steps: int) -> Work | None:
     if solver == "krylov":  # in R dimensions, and a last product of the factors with k columns each way
         inside = 4.0 * R**2 * columns + 5.0 * R * columns**2 if steps else 11.0 * R**3
         return grams + inside + 2 * layer.apply * k, 4 * layer.factors
+    if solver in ("factored", "subspace") and not exact:
+        grams = layer.apply * 32
     if solver == "factored":
         return grams + products * layer.apply * block + keep_orthogonal, (2 + products) * layer.factors
     if solver == "subspace":

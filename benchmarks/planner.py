@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
+from torch import Tensor
+
 from benchmarks.fresh import Fresh, OverLimit
 from benchmarks.layers import alternate, repeats_for
+from benchmarks.truth import Residual
 from benchmarks.workloads import AnyWorkload, Workload, paper_ranks, stack_of
 from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.solve import solve
@@ -60,20 +63,19 @@ class Regret:
         return asdict(self) | {"best": self.best, "regret": self.value}
 
 
-def prepare(workload: AnyWorkload, solver: str) -> Callable[[], tuple[float, float]]:
-    """A solver's call in another process: energy captured, and energy in all."""
+def prepare(workload: AnyWorkload, solver: str) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A solver's call in another process: B', A' with all of S in B'."""
     clients = workload.clients()
 
-    def call() -> tuple[float, float]:
+    def call() -> tuple[Tensor, Tensor]:
         f = solve(stack_of(clients), workload.k, solver=solver, tol=TOL)
-        return float(f.S.square().sum()), float(f.energy.sum())
+        return f.U[0] * f.S[0].float(), f.V[0].T
 
     return call
 
 
-def excess_of(captured: dict[str, float], energy: float) -> dict[str, float]:
-    """Each solver's excess against the one that captured most; on every workload an exact solver is near enough."""
-    rest = {name: max(energy - c, 0.0) for name, c in captured.items()}
+def excess_of(rest: dict[str, float], energy: float) -> dict[str, float]:
+    """Each solver's excess from the ‖ΔW − BA‖_F² it leaves, against the one that leaves least."""
     best = min(rest.values())
     if best <= 1e-13 * energy:  # nothing is left out but rounding
         return {name: (r / energy) ** 0.5 for name, r in rest.items()}
@@ -86,7 +88,9 @@ def regret(workload: AnyWorkload, turns: int, pause: float) -> Regret:
     predicted, chosen = plan.seconds(shape, plan.default_constants()), plan.choose(shape)
     found = Regret(workload.name, chosen, predicted)
     reach = [name for name in predicted if name != chosen and predicted[name] < REACH * predicted[chosen]]
-    first, captured, energy = {}, {}, 0.0
+    first, rest = {}, {}
+    clients = workload.clients()
+    residual = Residual(clients)
     with Fresh() as process:
         for name in (chosen, *reach):
             process.prepare(prepare, workload, name)
@@ -97,9 +101,9 @@ def regret(workload: AnyWorkload, turns: int, pause: float) -> Regret:
                 found.over[name] = f"more than {limit:.1f} s"
                 continue
             first[name] = outcome.seconds
-            captured[name], energy = outcome.value
-    found.excess = excess_of(captured, energy)
-    clients = workload.clients()
+            rest[name] = residual.of(*outcome.value)
+    found.excess = excess_of(rest, residual.energy)
+    del residual
 
     def call(name: str) -> None:
         solve(stack_of(clients), workload.k, solver=name, tol=TOL)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import targets
-from benchmarks.peers import OURS, PEERS
+from benchmarks.peers import ESTIMATED, OURS, PEERS
 from benchmarks.targets import Results, rows
 
 RESULTS = Path("benchmarks/results/cpu.json")
@@ -55,6 +55,8 @@ def layer_title(row: dict[str, Any]) -> str:
 
 def cell(row: dict[str, Any], name: str) -> str:
     """A method's time, how many times ours it is, and its excess where it shows."""
+    if name not in row["methods"] and name not in row["not_run"]:
+        return "–"
     if name in row["not_run"]:
         return f"not run: {row['not_run'][name]}"
     method, own = row["methods"][name], row["methods"][OURS]["seconds"]
@@ -65,7 +67,8 @@ def cell(row: dict[str, Any], name: str) -> str:
 
 def layer_table(results: Results) -> str:
     found = rows(results, "layer")
-    body = [[f"**{name}**" if name == OURS else name, *(cell(row, name) for row in found)] for name in (OURS, *PEERS)]
+    names = {f"**{OURS}**": OURS} | {name: name for name in (ESTIMATED, *PEERS)}
+    body = [[title, *(cell(row, name) for row in found)] for title, name in names.items()]
     return markdown(["", *(layer_title(row) for row in found)], body)
 
 

@@ -8,7 +8,23 @@ from torch import Tensor
 from benchmarks.workloads import Clients
 
 
-class Truth:
+class Residual:
+    """‖ΔW − BA‖_F² of any answer, in float64, from the factors: no m×n matrix is formed."""
+
+    def __init__(self, clients: Clients) -> None:
+        self.P = torch.cat([B.double() * c for B, _, c in clients], dim=1)  # (m, R)
+        self.Q = torch.cat([A.double() for _, A, _ in clients])  # (R, n)
+        slabs = self.P.split(1024)
+        self.energy = float(sum(torch.linalg.vector_norm(slab @ self.Q).square() for slab in slabs))
+
+    def of(self, B: Tensor, A: Tensor) -> float:
+        B, A = B.double(), A.double()
+        inner = float(((self.P.mT @ B) * (self.Q @ A.mT)).sum())
+        own = float(((B.mT @ B) * (A @ A.mT)).sum())
+        return max(self.energy - 2 * inner + own, 0.0)
+
+
+class Truth(Residual):
     """ΔW's energy and spectrum in float64, without a full SVD with vectors.
 
     Only ‖ΔW‖_F² and the k leading σ² are needed. Where R is below the layer's short side they come from the R×R core
@@ -32,14 +48,11 @@ class Truth:
         return float(self.squares[k:].sum())
 
     def excess(self, B: Tensor, A: Tensor, k: int) -> float:
-        """‖ΔW − BA‖_F / ‖ΔW − ΔW_k‖_F − 1, from the factors: no m×n matrix is formed.
+        """‖ΔW − BA‖_F / ‖ΔW − ΔW_k‖_F − 1.
 
         Where nothing is left out (k at least ΔW's rank) it is ‖ΔW − BA‖_F / ‖ΔW‖_F, the relative error.
         """
-        B, A = B.double(), A.double()
-        inner = float(((self.P.mT @ B) * (self.Q @ A.mT)).sum())
-        own = float(((B.mT @ B) * (A @ A.mT)).sum())
-        error = max(self.energy - 2 * inner + own, 0.0)
+        error = self.of(B, A)
         best = self.tail(k)
         if best <= 1e-14 * self.energy:
             return (error / self.energy) ** 0.5
