@@ -191,7 +191,7 @@ def _whitening(gram: Tensor, before: Tensor) -> tuple[Tensor, float]:
 def _iterate(G: Tensor, M: Tensor, energy: float, k: int, key: int, tol: float) -> Subspace:
     """Block Krylov on M·G in the inner product of G, stopped as krylov.block_krylov is."""
     R = G.shape[0]
-    block = block_width(k)
+    block = block_width(k) + STEP  # leading directions converge first, and their columns drop out of later blocks
     basis, noise, restarted, steps = _Basis(G, M), _EPS, False, 0
     stop = Stopping(k, tol, 3e-8, 0.0)
     total = torch.tensor([energy], dtype=torch.float64)
