@@ -240,3 +240,17 @@ def test_finish_repairs_vectors_that_are_none() -> None:
     for X, before in ((u, U), (v, V)):
         assert (X.mT @ X - torch.eye(5)).abs().max() <= 1e-6
         assert (X[:, :, :2].abs() - before[:, :, :2].abs()).abs().max() <= 1e-6
+
+
+def test_grams_too_coarse_for_what_cancels_give_way_to_the_exact_solver():
+    """Two clients that undo each other to five digits: float32 Grams hold nothing of what is left."""
+    generator = torch.Generator().manual_seed(0)
+    m, n, r = 90, 70, 12
+    B, A, noise = (torch.randn(1, *shape, generator=generator) for shape in ((m, r), (r, n), (m, r)))
+    d = torch.ones(r, dtype=torch.float64)
+    stack = Stack([Block(B, A, d), Block(B + 1e-5 * noise, -A, d)], m, n)
+    delta = (stack.packed_P(torch.float64) * stack.d) @ stack.packed_Q(torch.float64)
+    f = solve(stack, 4, solver="krylov")
+    assert f.solver == "gram"
+    S = torch.linalg.svdvals(delta)[:, :4]
+    assert torch.allclose(f.S, S, rtol=1e-3)
