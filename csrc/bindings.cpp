@@ -50,8 +50,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
 A (M, K), B (K, N): tables of 2-D tensors, joined along axis a_axis and b_axis (0: rows, 1: columns), each float16,
 bfloat16 or float32, on the CPU, of any strides. scale: (K,) float64.
-precision: 'float32', or 'bfloat16' where operands are rounded to it; sums are float32, and scale multiplies float32
-values either way. symmetric: the product is, and one triangle is computed.
-The order of summation does not depend on the number of threads. Inputs are never modified.
+precision: 'float32', or 'bfloat16' where operands are rounded to it, unless scale changes too often for that to pay;
+sums are float32, and scale multiplies float32 values either way.
+symmetric: the product is, and one triangle is computed.
+The order of summation depends on K and scale alone. Inputs are never modified; out must not overlap them.
 Raises ValueError, quoting the value, where shapes, types or devices do not fit.)doc");
 }

@@ -59,7 +59,8 @@ FLEXLORA_INLINE void store(float value, uint16_t* to) {
     *to = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
 }
 
-// One row; kCount is count where it is known when compiling, which is twice as fast for the few columns of a client.
+// kCount is `count` where it is known when compiling: copying clients of 8 columns takes half the time, and a bfloat16
+// Gram of 31 such clients 20 % less.
 template <int64_t kCount, typename S, typename T>
 FLEXLORA_INLINE void copy_rows(const typename S::type* src, int64_t rows, int64_t count_i, int64_t count, T* dst,
                                int64_t ld) {
@@ -110,6 +111,18 @@ FLEXLORA_CLONES void interleave_rows(const uint16_t* even, const uint16_t* odd, 
     for (int64_t j = 0; j < count; ++j) dst[j] = even[j] | static_cast<uint32_t>(odd[j]) << 16;
 }
 
+FLEXLORA_CLONES void add_scaled_row(const float* values, float coefficient, int64_t count, float* sums) {
+    for (int64_t x = 0; x < count; ++x) sums[x] += coefficient * values[x];
+}
+
+FLEXLORA_CLONES void set_scaled_row(const float* values, float coefficient, int64_t count, float* sums) {
+    for (int64_t x = 0; x < count; ++x) sums[x] = coefficient * values[x];
+}
+
+FLEXLORA_CLONES void multiply_row(const float* factors, int64_t count, float* values) {
+    for (int64_t x = 0; x < count; ++x) values[x] *= factors[x];
+}
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define FLEXLORA_SHUFFLES 1
@@ -134,7 +147,8 @@ FLEXLORA_INLINE void exchange_all(Lanes* tile) {
     }
 }
 
-// Whole lines are read and written, and turned in registers: 0.3 ns an element become 0.1.
+// Whole lines are read and written, and turned in registers. Against plain loops a Gram of 248 columns, which is half
+// packing, takes 17 % less time in float32 and 10 % less in bfloat16.
 FLEXLORA_CLONES void transpose_tiles(const uint32_t* src, int64_t ld_src, int64_t count_i, int64_t count_j,
                                      uint32_t* dst, int64_t ld_dst) {
     for (int64_t i = 0; i < count_i; i += kTile) {
@@ -180,5 +194,11 @@ void transpose(const void* src, int64_t ld_src, int64_t count_i, int64_t count_j
 void interleave(const uint16_t* even, const uint16_t* odd, int64_t count, uint32_t* dst) {
     interleave_rows(even, odd, count, dst);
 }
+
+void add_scaled(const float* values, float coefficient, int64_t count, bool add, float* sums) {
+    (add ? add_scaled_row : set_scaled_row)(values, coefficient, count, sums);
+}
+
+void scale_row(const float* factors, int64_t count, float* values) { multiply_row(factors, count, values); }
 
 }  // namespace flexlora::cpu

@@ -23,4 +23,10 @@ void transpose(const void* src, int64_t ld_src, int64_t count_i, int64_t count_j
 // Two rows of bfloat16 as the dot-product instructions want them: dst[j] = even[j] | odd[j] << 16.
 void interleave(const uint16_t* even, const uint16_t* odd, int64_t count, uint32_t* dst);
 
+// sums[x] = or += coefficient * values[x].
+void add_scaled(const float* values, float coefficient, int64_t count, bool add, float* sums);
+
+// values[x] *= factors[x].
+void scale_row(const float* factors, int64_t count, float* values);
+
 }  // namespace flexlora::cpu

@@ -85,21 +85,22 @@ void Matrix::copy(int64_t i0, int64_t count_i, int64_t j0, int64_t count_j, T* d
 }
 
 template <typename T>
-const T* Matrix::rows_at(int64_t i0, int64_t count_i, int64_t j0, int64_t count_j, int64_t* ld) const {
-    const int64_t from = axis_ == 0 ? i0 : j0, end = from + (axis_ == 0 ? count_i : count_j);
+const T* Matrix::rows_at(int64_t i0, int64_t* count_i, int64_t j0, int64_t count_j, int64_t* ld) const {
+    const int64_t from = axis_ == 0 ? i0 : j0;
     const Piece& piece = *piece_at(from);
+    const int64_t left = piece.begin + piece.count - from, stride = row_stride(piece);
     const bool same = piece.dtype == (std::is_same_v<T, float> ? Dtype::f32 : Dtype::bf16);
-    const int64_t stride = row_stride(piece);
-    // Rows that overlap (an expanded tensor) are none that a product may be asked to read.
-    if (!same || end > piece.begin + piece.count || col_stride(piece) != 1 || stride < count_j) return nullptr;
-    const int64_t i = axis_ == 0 ? from - piece.begin : i0, j = axis_ == 1 ? from - piece.begin : j0;
+    // Rows that overlap, those of an expanded tensor, are none that the kernels may be asked to read.
+    if (!same || col_stride(piece) != 1 || stride < count_j || (axis_ == 1 && left < count_j)) return nullptr;
+    if (axis_ == 0) *count_i = std::min(*count_i, left);
     *ld = stride;
+    const int64_t i = axis_ == 0 ? from - piece.begin : i0, j = axis_ == 1 ? from - piece.begin : j0;
     return reinterpret_cast<const T*>(piece.data) + i * stride + j;
 }
 
 template void Matrix::copy(int64_t, int64_t, int64_t, int64_t, float*, int64_t) const;
 template void Matrix::copy(int64_t, int64_t, int64_t, int64_t, uint16_t*, int64_t) const;
-template const float* Matrix::rows_at(int64_t, int64_t, int64_t, int64_t, int64_t*) const;
-template const uint16_t* Matrix::rows_at(int64_t, int64_t, int64_t, int64_t, int64_t*) const;
+template const float* Matrix::rows_at(int64_t, int64_t*, int64_t, int64_t, int64_t*) const;
+template const uint16_t* Matrix::rows_at(int64_t, int64_t*, int64_t, int64_t, int64_t*) const;
 
 }  // namespace flexlora::cpu

@@ -25,6 +25,9 @@ public:
     // Whether neighbours in a column, not in a row, are neighbours in memory.
     bool column_major() const { return column_major_; }
 
+    // Columns of the first piece, which stands for all where only speed is at stake.
+    int64_t row_length() const { return axis_ == 1 && !pieces_->empty() ? pieces_->front().count : cols_; }
+
     // The same pieces, with rows and columns exchanged.
     Matrix transposed() const;
 
@@ -32,9 +35,10 @@ public:
     template <typename T>
     void copy(int64_t i0, int64_t count_i, int64_t j0, int64_t count_j, T* dst, int64_t ld) const;
 
-    // The same block where it lies, rows *ld apart; nullptr where it is cut, of another type or strided within rows.
+    // The same block where it lies, rows *ld apart; *count_i shrinks to the rows of its first piece. nullptr where it
+    // is of another type, strided within rows, or cut within them.
     template <typename T>
-    const T* rows_at(int64_t i0, int64_t count_i, int64_t j0, int64_t count_j, int64_t* ld) const;
+    const T* rows_at(int64_t i0, int64_t* count_i, int64_t j0, int64_t count_j, int64_t* ld) const;
 
 private:
     struct Piece {

@@ -1,7 +1,7 @@
 """Primitive ops on the compiled extension's products; ``reference`` has their twins in plain torch.
 
 The extension multiplies tables of client factors block by block with oneDNN's kernels, which reach 98 % of these CPUs'
-peak where torch's own products of thin matrices reach 25 to 60 % (`python -m benchmarks.rates`).
+peak where torch's own products of thin matrices reach 25 to 60 % (`make bench` measures both).
 """
 
 from __future__ import annotations
