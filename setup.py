@@ -89,9 +89,10 @@ def extension() -> Extension:
     patterns = ["*.cpp"] + ["*.cu"] * cuda
     sources = sorted(str(p.relative_to(ROOT)) for f in folders for glob in patterns for p in (ROOT / f).glob(glob))
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    # No -march=native: the wheel must run on other machines, and the heavy work is done by torch's own GEMM,
-    # which picks its instructions at run time. The C++ standard is the one torch's headers ask for. OpenMP is torch's
-    # thread pool: without the flag at::parallel_for, a template in its headers, runs on one thread.
+    # No -march=native: the wheel must run on other machines. Products come from oneDNN's kernels inside torch, which
+    # pick their instructions at run time, and so do the loops around them. The C++ standard is the one torch's headers
+    # ask for. OpenMP is torch's thread pool: without the flag at::parallel_for, a template in its headers, runs on one
+    # thread.
     openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
     return make(
         NAME,

@@ -100,7 +100,15 @@ def _extension(name: str) -> Check:
     if _native.extension is not None:
         info = _native.build_info()
         parts = "CPU and CUDA" if info.get("cuda") else "CPU"
-        return Check(name, "ok", f"loaded ({parts}), built for torch {info.get('torch', 'unknown')}")
+        found = {precision: _native.extension.obstacle(precision) for precision in ("float32", "bfloat16")}
+        detail = f"loaded ({parts}), built for torch {info.get('torch', 'unknown')}; "
+        detail += "; ".join(
+            f"multiplies {precision}" if why is None else f"does not multiply {precision}: {why}"
+            for precision, why in found.items()
+        )
+        if found["float32"] is None:
+            return Check(name, "ok", detail)
+        return Check(name, "absent", detail, "nothing needs doing: torch's own products are taken, which are slower")
     remedy = (
         "optional: `pip install --no-build-isolation --no-deps --force-reinstall -v .` in the source, "
         "with torch and a C++ compiler installed"

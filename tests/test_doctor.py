@@ -100,6 +100,30 @@ def test_a_missing_extension_says_why(monkeypatch, broken, status):
     assert "pip install --no-build-isolation" in check.remedy
 
 
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "status", "words"),
+    [
+        (None, None, "ok", "multiplies float32; multiplies bfloat16"),
+        (None, "this CPU is old", "ok", "multiplies float32; does not multiply bfloat16: this CPU is old"),
+        ("it is an ARM", "it is an ARM", "absent", "does not multiply float32: it is an ARM; does not multiply bf"),
+    ],
+)
+def test_the_extension_names_the_precisions_it_multiplies(monkeypatch, float32, bfloat16, status, words):
+    extension = ModuleType("_C")
+    extension.obstacle = {"float32": float32, "bfloat16": bfloat16}.__getitem__
+    monkeypatch.setattr(_native, "extension", extension)
+    check = find("extension")
+    assert check.status == status and words in check.detail and (check.status == "ok" or check.remedy)
+
+
+def test_the_extension_here_says_the_same():
+    if _native.extension is None:
+        pytest.skip(f"no native extension: {_native.reason}")
+    for precision in ("float32", "bfloat16"):
+        said = f"does not multiply {precision}" not in find("extension").detail
+        assert said == _native.extension.can_multiply(precision)
+
+
 def test_more_threads_than_cores_is_called_out(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
     check = find("threads")

@@ -197,6 +197,20 @@ def test_an_entry_is_the_same_wherever_it_stands(shape, scaled, precision, gener
 
 
 @each_precision
+@pytest.mark.parametrize("run", [0, 3, 40])
+@pytest.mark.parametrize("shape", [(70, 333, 900), (900, 333, 70), (600, 333, 530)], ids=str)
+def test_how_tables_are_cut_and_laid_out_does_not_show(shape, run, precision, generator):
+    A, B = (X[0] for X in tables(shape, generator, [torch.bfloat16], parts=(1, 1)))
+    scale = torch.randn(333, generator=generator, dtype=torch.float64)[torch.arange(333) // run] if run else None
+    whole = E.matmul([A], 1, [B], 0, precision, False, scale)
+    for layouts in itertools.product(["rows", "columns", "strided"], repeat=2):
+        for axes in itertools.product([0, 1], repeat=2):
+            a, b = (cut(X, axis, 9, generator, DTYPES[::2], [layout])
+                    for X, axis, layout in zip((A, B), axes, layouts, strict=True))  # fmt: skip
+            assert torch.equal(E.matmul(a, axes[0], b, axes[1], precision, False, scale), whole)
+
+
+@each_precision
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_the_number_of_threads_does_not_show(symmetric, precision, generator, threads):
     for shape in ((700, 900, 700), (70, 5001, 1000), (1000, 300, 70)):

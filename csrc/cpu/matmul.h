@@ -22,14 +22,15 @@ std::string obstacle(Precision precision);
 //
 //   A  pieces joined along axis a_axis: (M, K)    float16 | bfloat16 | float32, any strides
 //   B  pieces joined along axis b_axis: (K, N)    same
-//   scale  (K,) float64 or nothing. In float32 it is folded into A's panels (into B's where the transposed product is
-//          computed); in bf16 it multiplies float32 sums over runs of equal coefficients, so that nothing is rounded
-//          twice, or where runs are short the products are float32.
+//   scale  (K,) float64 or nothing. In float32 it is folded into A's panels; in bf16 it multiplies float32 sums over
+//          runs of equal coefficients, so that nothing is rounded twice, and where runs are short the products are
+//          float32.
 //   symmetric  promises that the product is: one triangle is computed and mirrored.
 //   out    float32 rows, which must not overlap A, B or each other
 //
 // Entry (i, j) is summed in an order that depends on K and `scale` alone: not on the number of threads, on where it
-// stands, or on how the tables are cut. So in a Gram without `scale`, clients may change places and nothing else does.
+// stands, or on how the tables are cut and laid out. So in a Gram without `scale`, clients may change places and nothing
+// else does.
 // Throws std::invalid_argument, quoting the value, where shapes or types do not fit.
 at::Tensor matmul(const std::vector<at::Tensor>& A, int64_t a_axis, const std::vector<at::Tensor>& B, int64_t b_axis,
                   Precision precision, bool symmetric, const std::optional<at::Tensor>& scale,
