@@ -104,11 +104,13 @@ def round_table(results: Results) -> str:
                     f"{row['bytes'] / 1e9:.2g} GB, {state}",
                     seconds(found["seconds"]),
                     seconds(found["read_floor"]),
-                    "–" if found["compute_floor"] is None else seconds(found["compute_floor"]),
+                    "–" if (compute := targets.compute_floor(results, found)) is None else seconds(compute),
                     mebibytes(found["peak_bytes"]),
                 ]
             )
-    return markdown(["round, files on disk", "wall", "reading alone", "computing alone", "peak resident"], body)
+    return markdown(
+        ["round, files on disk", "wall", "reading alone", "computing alone, in bfloat16", "peak resident"], body
+    )
 
 
 def scale_table(results: Results) -> str:

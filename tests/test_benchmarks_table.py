@@ -69,7 +69,7 @@ def results() -> dict[str, Any]:
         {"kind": "planner", "workload": "silo", "chosen": "gram", "best": "dense", "regret": 1.7},
         {"kind": "sweep", "axis": "rank", "seconds": {OURS: {"2": 0.1, "4": 0.2}, targets.DENSE: {}}},
     ]
-    limits = {"matrix_float32": 1e11, "copy": 1e10}
+    limits = {"matrix_float32": 1e11, "matrix_bfloat16": 1e11, "copy": 1e10}
     about = {"cpu": "x", "isa": "y", "threads": 2, "packages": {"torch": "2"}, "limits": limits}
     return {
         "benchmarks": [{"extra_info": info} for info in infos],
@@ -104,6 +104,13 @@ def test_a_faster_peer_of_the_same_accuracy_is_a_miss() -> None:
     run["benchmarks"][0]["extra_info"]["methods"]["QR + QR + core SVD"] = method(0.005, 9e-7)
     (check,) = (c for c in targets.checks(run) if c.name == "silo: over the fastest peer as accurate")
     assert check.reached is False and check.measured.startswith("0.5×")
+
+
+def test_a_round_of_bfloat16_is_held_against_the_rate_of_bfloat16() -> None:
+    run = results()
+    run["machine_info"]["limits"]["matrix_bfloat16"] = 4e11
+    assert targets.compute_floor(run, {"compute_floor": 12.0}) == 3.0
+    assert targets.compute_floor(run, {"compute_floor": None}) is None
 
 
 def test_section_shows_every_row_and_every_absence() -> None:
