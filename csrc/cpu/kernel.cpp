@@ -5,7 +5,7 @@
 
 #include <vector>
 
-// Torches before 2.6 have no such kernels, and on other processors than x86 plain products stand in for them.
+// Older torches have no such kernels, and on other processors than x86 plain products stand in for them.
 #if defined(CPUBLAS_BRGEMM_F32F32F32) && defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__) && \
     defined(__GNUC__)
 #define FLEXLORA_BRGEMM 1
@@ -80,7 +80,8 @@ std::string obstacle<uint16_t>() {
 #else
 namespace {
 
-const char* const kAbsent = "the extension was built without block kernels: they need torch 2.6 and an x86-64 CPU";
+const char* const kAbsent =
+    "the extension was built without block kernels: they need an x86-64 CPU and a torch that exports them";
 
 }  // namespace
 

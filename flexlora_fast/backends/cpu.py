@@ -1,7 +1,8 @@
 """Primitive ops on the compiled extension's products; ``reference`` has their twins in plain torch.
 
-The extension multiplies tables of client factors block by block with oneDNN's kernels, which reach 98 % of these CPUs'
-peak where torch's own products of thin matrices reach 25 to 60 % (`make bench` measures both).
+The extension multiplies tables of client factors block by block with oneDNN's kernels, which by themselves reach 98 % of
+a Zen 4 core's peak. Whole products in float32 reach 85 to 90 % of it for Grams and dense sums, and 62 to 91 % for 48
+columns, where torch's own reach 46 to 68 % (4096 x 1600, one thread).
 """
 
 from __future__ import annotations
