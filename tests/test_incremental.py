@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import flexlora_fast as ff
-from flexlora_fast import incremental, work
+from flexlora_fast import incremental
 from flexlora_fast.backends import cpu
 from flexlora_fast.layouts import LayerSpec
 from tests.checks import assert_identical
@@ -132,6 +134,22 @@ def test_files_are_read_once_and_their_grams_grow(tmp_path, monkeypatch, no_othe
     assert aggregator.finish().layers == ["layers.0.fc", "layers.1.fc"] and aggregator.clients == expected_names
 
 
+@needs_extension
+@pytest.mark.parametrize("enough", [True, False])
+def test_grams_go_before_the_factors_they_hold(tmp_path, enough):
+    aggregator = ff.Aggregator(rank=6, solver="krylov")
+    for one in [adapter(i) for i in range(30)]:
+        one.save(tmp_path / one.client)
+        aggregator.add(tmp_path / one.client, client=one.client)
+    kept, table = aggregator._kept, aggregator._grams
+    assert kept and table is not None and table.nbytes
+    room = kept + table.nbytes - (0 if enough else 1)
+    aggregator._make_room(SimpleNamespace(scratch=aggregator.memory_limit - room, held=0, ahead=0))
+    assert (table.nbytes > 0) is enough
+    assert aggregator._kept == kept  # with the Grams gone there is room again
+    assert aggregator.finish().layers == ["layers.0.fc", "layers.1.fc"]
+
+
 def test_a_table_over_its_limit_lets_go_and_takes_no_more():
     table = incremental.GramTable(10_000, lambda spec, columns, sixteen: True)
     for i in range(40):
@@ -151,7 +169,3 @@ def test_the_planner_is_asked_before_anything_is_computed():
     for i in range(20):
         table.take(f"{i}", adapter(i, dtype=torch.bfloat16))
     assert table.nbytes == 0 and asked[0] == (128, True)
-
-
-def test_work_without_a_table_is_the_plain_round():
-    assert work.Work.__dataclass_fields__["grams"].default is None
