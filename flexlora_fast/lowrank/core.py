@@ -6,7 +6,7 @@ left singular vectors of ΔW are P̂·x for the eigenvectors x of M·G, which is
 only in the subspace: the triplets come from ΔW itself (a Rayleigh-Ritz step with the factors), and the energy they
 hold is compared with what the Grams promised.
 
-Source: design.md's Gram-core block Krylov; Musco and Musco, NeurIPS 2015, for the iteration.
+Source of the iteration: Musco and Musco, NeurIPS 2015, as in krylov.py.
 """
 
 from __future__ import annotations
