@@ -7,7 +7,7 @@ a fixed number of steps. With ``depth=1`` the basis is restarted at every step, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -308,13 +308,8 @@ class Stopping:
             return True
         if len(self.captured) < 3:
             return False
-        gain = (self.captured[-1] - self.captured[-2]).clamp_min(0)
-        before = (self.captured[-2] - self.captured[-3]).clamp_min(1e-300)
-        root = (gain / before).clamp(self.slowest, 0.9) ** _CAUTION
-        missing = _MARGIN * gain * root / (1 - root)
+        gain, before, excess = estimate(self.captured[-3:], energy, self.resolution, self.slowest)
         noise = self.resolution * energy
-        best = (rest - missing).clamp_min(noise)
-        excess = torch.where(rest > noise, (rest / best).clamp_min(1).sqrt() - 1, torch.zeros_like(rest))
         self.excess = float(excess.max())
         # Gains lost in rounding say nothing more: what float32 can resolve has been reached, and more steps go on for
         # ever. The excess then stands as estimated, above tol where the best error is itself near rounding. Two steps
@@ -331,6 +326,26 @@ class Stopping:
             return False
         low, high = self.values[:, : self.k - width + 1], self.values[:, width - 1 :]
         return bool((high - low <= _CLUSTER_WIDTH * high).any())
+
+
+def estimate(
+    captured: Sequence[Tensor], energy: Tensor, resolution: float, slowest: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The last gain, the one before, and the estimated excess, each (b,): see ``block_krylov``.
+
+    Args:
+        captured: the energies captured after the last three steps, each (b,).
+        energy: ‖ΔW‖_F² (b,). resolution: the share of it that rounding hides.
+        slowest: gains are not believed to shrink faster than by this factor.
+    """
+    gain = (captured[2] - captured[1]).clamp_min(0)
+    before = (captured[1] - captured[0]).clamp_min(1e-300)
+    root = (gain / before).clamp(slowest, 0.9) ** _CAUTION
+    missing = _MARGIN * gain * root / (1 - root)
+    rest, noise = (energy - captured[2]).clamp_min(0), resolution * energy
+    best = (rest - missing).clamp_min(noise)
+    excess = torch.where(rest > noise, (rest / best).clamp_min(1).sqrt() - 1, torch.zeros_like(rest))
+    return gain, before, excess
 
 
 def _ritz(basis: Tensor, image: Tensor, core: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,9 +33,21 @@ def _splitmix64(x: Tensor) -> Tensor:
 
 
 def signs(rows: int, cols: int, key: int, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A (batch, rows, cols) matrix of independent ±1.
+    """A (batch, rows, cols) matrix of independent ±1 on the CPU: ``signs_of`` the addresses (key, 0 … batch-1)."""
+    return signs_of([(key, b) for b in range(batch)], rows, cols, dtype=dtype)
 
-    Entry (b, i, j) is bit j mod 64 of a counter hash of (key, b, i, j // 64): it depends on its address alone, so it
+
+def signs_of(
+    addresses: Sequence[tuple[int, int]],
+    rows: int,
+    cols: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Matrices (len(addresses), rows, cols) of independent ±1, one for each address (key, b).
+
+    Entry (i, j) is bit j mod 64 of a counter hash of (key, b, i, j // 64): it depends on its address alone, so it
     is the same on every device, for any number of threads and whatever else is drawn. Signs serve a range finder as
     well as Gaussians do (Halko, Martinsson, Tropp, SIAM Review 53, 2011, section 4.6) and need no transcendental
     function, whose last bit would differ between devices.
@@ -43,9 +56,10 @@ def signs(rows: int, cols: int, key: int, *, batch: int = 1, dtype: torch.dtype 
     torch.Size([1, 2, 3])
     """
     words = -(-cols // 64)
-    row = ((torch.arange(batch) << 32).unsqueeze(1) + torch.arange(rows)).reshape(-1, 1)  # address (b, i)
-    word = torch.arange(words, dtype=torch.int64).unsqueeze(0)
+    key, b = torch.tensor(list(addresses), dtype=torch.int64).reshape(-1, 2).to(device).unsqueeze(2).unbind(dim=1)
+    row = ((b << 32) + torch.arange(rows, device=device)) ^ key  # (addresses, rows)
+    word = torch.arange(words, dtype=torch.int64, device=device)
     # Two rounds: the first decorrelates the key and row from the word, so that streams cannot run into each other.
-    hashed = _splitmix64(_splitmix64(row ^ key) + word + 1)  # (batch*rows, words)
-    bits = (hashed.unsqueeze(2) >> torch.arange(64, dtype=torch.int64)) & 1
-    return bits.reshape(batch, rows, words * 64)[:, :, :cols].to(dtype).mul_(2).sub_(1)
+    hashed = _splitmix64(_splitmix64(row.unsqueeze(2)) + word + 1)  # (addresses, rows, words)
+    bits = (hashed.unsqueeze(3) >> torch.arange(64, dtype=torch.int64, device=device)) & 1
+    return bits.reshape(len(addresses), rows, words * 64)[:, :, :cols].to(dtype).mul_(2).sub_(1)
