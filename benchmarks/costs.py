@@ -91,6 +91,8 @@ def solver_work(layer: Layer, solver: str, steps: int, exact: bool = True) -> Wo
     if solver == "krylov":  # in R dimensions, and a last product of the factors with k columns each way
         inside = 4.0 * R**2 * columns + 5.0 * R * columns**2 if steps else 11.0 * R**3
         return grams + inside + 2 * layer.apply * k, 4 * layer.factors
+    if solver == "filtered":  # ``steps`` counts products in R dimensions
+        return grams + 4.0 * R**2 * (k + 16) * steps + 2 * layer.apply * k, 4 * layer.factors
     if solver in ("factored", "subspace") and not exact:
         grams = layer.apply * 32
     if solver == "factored":

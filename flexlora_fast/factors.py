@@ -23,8 +23,8 @@ def split_triplets(f: Factorization, rank: int, split: Split) -> tuple[Tensor, T
 
     ``split`` says where: "B", "A" or "balanced".
     """
-    root = f.S[:, :rank].sqrt().float()  # the root of a float64: S itself may be below float32
-    S = f.S[:, :rank].float()
+    root = f.S[:, :rank].sqrt().to(f.U)  # the root of a float64: S itself may be below float32
+    S = f.S[:, :rank].to(f.U)
     if split == "B":
         B, A = f.U[:, :, :rank] * S.unsqueeze(1), f.V[:, :, :rank].mT
     elif split == "A":

@@ -22,6 +22,7 @@ def to_memory(work: Work, frame: GlobalUpdate, budget: int, progress: bool | Non
     layers: dict[str, LayerUpdate] = {}
     start = time.perf_counter()
     solve_layers(work, budget, lambda layer: layers.__setitem__(layer.name, layer), progress)
+    layers = dict(sorted(layers.items()))
     solved = time.perf_counter()
     averages = {key: extras.average(key, work.clients) for key in extras.forms(work.clients)}
     seconds = frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved}
@@ -50,8 +51,9 @@ def solve_layers(work: Work, budget: int, take: Callable[[LayerUpdate], None], p
     """Every layer in order: read ahead within ``budget`` bytes, solved here, and taken in a thread of its own."""
     with ReadAhead(work.pieces(), budget) as pieces, ThreadPoolExecutor(1, "flexlora_fast-write") as writer:
         pending: Future[None] | None = None
-        for layer in track(work.plans, "layers", progress):
-            update = work.solve_layer(layer, pieces)
+        updates = work.solved(pieces)
+        for _ in track(work.plans, "layers", progress):
+            update = next(updates)
             if pending is not None:
                 pending.result()  # at most one layer waits, and an error stops the round
             pending = writer.submit(take, update)

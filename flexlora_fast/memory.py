@@ -12,6 +12,8 @@ import os
 import re
 from pathlib import Path
 
+import torch
+
 from flexlora_fast.errors import OptionError
 from flexlora_fast.lowrank.plan import Shape
 
@@ -50,6 +52,15 @@ def default_limit() -> int:
     return total // 2
 
 
+def free(device: torch.device) -> int:
+    """Bytes of a device's memory that are free for a round."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused
+    return default_limit()
+
+
 def show(nbytes: float) -> str:
     """Bytes for people.
 
@@ -65,7 +76,9 @@ def scratch(solver: str, shape: Shape) -> int:
     packed = 8 * (m + n) * R + 8 * max(m, n) * R  # both sides in float64, and one more while it is made
     out = 16 * (m + n) * k
     basis = math.ceil(4 * 4 * (m + n) * shape.basis(s))
-    if solver == "svd" or (solver == "gram" and s <= R):
+    if solver == "filtered":
+        total = packed + 8 * 4 * R * R + 40 * (R + max(m, n)) * (k + 16) + out
+    elif solver == "svd" or (solver == "gram" and s <= R):
         side = {"svd": 8 * (2 * m * n + 4 * s * s), "gram": 8 * (m * n + 5 * s * s)}[solver]
         total = packed + side + out
     elif solver in ("gram", "krylov"):

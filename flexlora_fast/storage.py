@@ -121,7 +121,8 @@ class UpdateWriter:
     def finish(self, seconds: Mapping[str, float]) -> None:
         """Write the header, and close."""
         self._flush()
-        self._writer.finish({"format": FORMAT, "update": json.dumps({**self._about, "seconds": dict(seconds)})})
+        about = {**self._about, "layers": dict(sorted(self._about["layers"].items())), "seconds": dict(seconds)}
+        self._writer.finish({"format": FORMAT, "update": json.dumps(about)})
 
     def _flush(self) -> None:
         if self._small and self._writer.position % 8:

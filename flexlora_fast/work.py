@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.accumulate import Accumulator
 from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.lowrank.grouped import solve_group
 from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.methods import Contribution, Method
 from flexlora_fast.precision import full_precision
@@ -64,7 +66,8 @@ class Settings:
 class LayerPlan:
     """How one layer is solved.
 
-    ``total_rank``: R. ``rank``: columns wanted. ``folded``: clients come in pieces that are added to a dense ΔW.
+    ``total_rank``: R. ``rank``: columns wanted. ``grouped``: with other layers of its shape, by solver "filtered".
+    ``folded``: clients come in pieces that are added to a dense ΔW.
     ``held``: bytes of the largest piece as read (of all factors where not folded). ``scratch``: bytes beside it.
     """
 
@@ -74,6 +77,12 @@ class LayerPlan:
     folded: bool
     held: int
     scratch: int
+    grouped: bool = False
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """What layers that are solved together have in common; () for those solved one by one."""
+        return (self.spec.m, self.spec.n, self.rank) if self.grouped else ()
 
 
 @dataclass(frozen=True)
@@ -96,24 +105,29 @@ class Work:
     clients: Sequence[Client]  # of positive weight, in canonical order
     settings: Settings
     grams: GramTable | None = None
-    plans: list[LayerPlan] = field(init=False)
+    plans: list[LayerPlan] = field(init=False)  # in the order of solving
+    groups: list[list[LayerPlan]] = field(init=False)  # the same in runs that are solved together
 
     def __post_init__(self) -> None:
         skeletons = {id(client.adapter.skeleton): client.adapter.skeleton for client in self.clients}
         counts = Counter(id(client.adapter.skeleton) for client in self.clients)
         layers = sorted({layer for skeleton in skeletons.values() for layer in skeleton.specs})
         plans = [plan_layer(x, [(s, counts[i]) for i, s in skeletons.items()], self.settings) for x in layers]
+        plans.sort(key=lambda plan: (plan.group, plan.spec.name))
         object.__setattr__(self, "plans", plans)
+        object.__setattr__(self, "groups", list(_solved_together(plans, self.settings)))
 
     @property
     def scratch(self) -> int:
         """Bytes that solving needs beside what was read."""
-        return max(p.scratch for p in self.plans)
+        if self.settings.device.type != "cpu":  # where a group's scratch is
+            return max(p.scratch for p in self.plans)
+        return max(sum(p.scratch for p in group) for group in self.groups)
 
     @property
     def held(self) -> int:
         """Bytes of what was read that solving and reading ahead need: what is in use, and as much again."""
-        return 2 * max(p.held for p in self.plans)
+        return 2 * max(sum(p.held for p in group) for group in self.groups)
 
     @property
     def ahead(self) -> int:
@@ -133,6 +147,29 @@ class Work:
 
     # -- solving ---
 
+    def solved(self, pieces: Iterator[Piece]) -> Iterator[LayerUpdate]:
+        """Every layer in the order of ``plans``. Raises ``AdapterError`` naming client and layer for bad values."""
+        for group in self.groups:
+            if len(group) == 1 and not group[0].grouped:
+                yield self.solve_layer(group[0], pieces)
+            else:
+                yield from self.solve_group(group, pieces)
+
+    @full_precision()
+    def solve_group(self, layers: Sequence[LayerPlan], pieces: Iterator[Piece]) -> list[LayerUpdate]:
+        """Take the pieces of layers of one shape, and solve them together."""
+        of, stacks, biases = self.settings, list[Stack](), list[_Bias]()
+        for layer in layers:
+            biases.append(_Bias())
+            stacks.append(self._stack(layer.spec, next(pieces), biases[-1]))
+        names = [layer.spec.name for layer in layers]
+        rank = layers[0].rank
+        results = solve_group(stacks, rank, tol=of.tol, seed=of.seed, names=names, certificate=of.certificate)
+        return [
+            LayerUpdate(layer.spec, _numbers_to_cpu(result), stack.R, None, bias.mean)
+            for layer, result, stack, bias in zip(layers, results, stacks, biases, strict=True)
+        ]
+
     @full_precision()
     def solve_layer(self, layer: LayerPlan, pieces: Iterator[Piece]) -> LayerUpdate:
         """Take the layer's pieces and solve it. Raises ``AdapterError`` naming client and layer for bad values."""
@@ -142,7 +179,7 @@ class Work:
             total_rank = layer.total_rank
         else:
             result, averaged, total_rank = self._whole(layer, next(pieces), bias)
-        return LayerUpdate(layer.spec, _to_cpu(result), total_rank, averaged, bias.mean)
+        return LayerUpdate(layer.spec, _numbers_to_cpu(result), total_rank, averaged, bias.mean)
 
     def _whole(
         self, layer: LayerPlan, piece: Piece, bias: _Bias
@@ -219,7 +256,8 @@ def plan_layer(name: str, skeletons: Sequence[tuple[Skeleton, int]], of: Setting
     columns = total_rank if of.method.output == "svd" else widest
     kept = min(rank, columns, spec.m, spec.n)
     shape = plan.Shape(spec.m, spec.n, columns, kept, of.tol, spec.experts, of.certificate)
-    solver = plan.choose(shape) if of.solver == "auto" else of.solver
+    grouped = of.device.type != "cpu" and of.method.output == "svd"
+    solver = plan.choose(shape, plan.constants_of(of.device), grouped=grouped) if of.solver == "auto" else of.solver
     scratch = memory.scratch(solver, shape)
     if of.method.folds:
         piece = memory.piece_bytes(nbytes, total_rank, widest)
@@ -236,7 +274,22 @@ def plan_layer(name: str, skeletons: Sequence[tuple[Skeleton, int]], of: Setting
             f"and memory_limit is {memory.show(of.limit)}; raise it",
             layer=name,
         )
-    return LayerPlan(spec, total_rank, rank, False, nbytes, scratch)
+    return LayerPlan(spec, total_rank, rank, False, nbytes, scratch, solver == "filtered" and of.method.output == "svd")
+
+
+def _solved_together(plans: Sequence[LayerPlan], of: Settings) -> Iterator[list[LayerPlan]]:
+    """The plans in runs of one group whose factors, and what solving them needs, fit half of the memory at once."""
+    room = memory.free(of.device) if of.device.type != "cpu" else of.limit
+    run, held, scratch = list[LayerPlan](), 0, 0
+    for plan_ in plans:
+        held, scratch = held + plan_.held, scratch + plan_.scratch
+        full = 4 * held > of.limit or 2 * (held + scratch) > room
+        if run and (not plan_.grouped or plan_.group != run[0].group or full):
+            yield run
+            run, held, scratch = [], plan_.held, plan_.scratch
+        run.append(plan_)
+    if run:
+        yield run
 
 
 def _groups(layer: LayerPlan, clients: Sequence[Client]) -> Iterator[tuple[list[Client], bool]]:
@@ -273,6 +326,7 @@ class _Bias:
         return None if self._total is None else self._total.float()
 
 
-def _to_cpu(f: Factorization) -> Factorization:
+def _numbers_to_cpu(f: Factorization) -> Factorization:
+    """The same with S and the certificate on the CPU; the vectors stay on the device that they were computed on."""
     error = None if f.energy_error is None else f.energy_error.cpu()
-    return Factorization(f.U.cpu(), f.S.cpu(), f.V.cpu(), f.energy.cpu(), f.solver, f.iterations, f.excess, error)
+    return dataclasses.replace(f, S=f.S.cpu(), energy=f.energy.cpu(), energy_error=error)

@@ -211,8 +211,10 @@ def test_the_planner_takes_the_cheapest() -> None:
     for shape in (plan.Shape(64, 64, 8, 2), plan.Shape(4096, 4096, 13000, 30), plan.Shape(4096, 1024, 200, 8)):
         costs = plan.seconds(shape, constants)
         assert costs.keys() == set(SOLVERS) and all(0 < c < float("inf") for c in costs.values())
-        chosen = plan.choose(shape, constants)
-        assert costs[chosen] == min(costs.values()) or chosen in EXACT
+        grouped, alone = plan.choose(shape, constants, grouped=True), plan.choose(shape, constants)
+        assert costs[grouped] == min(costs.values()) or grouped in EXACT
+        del costs["filtered"]  # only for layers of one shape together
+        assert costs[alone] == min(costs.values()) or alone in EXACT
 
 
 @pytest.mark.parametrize(("m", "have", "count"), [(5, 0, 5), (5, 3, 5), (1, 0, 1), (12, 2, 9), (7, 7, 7), (4, 1, 4)])

@@ -13,9 +13,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from flexlora_fast.errors import OptionError
 
-SOLVERS = ("gram", "krylov", "factored", "subspace", "dense", "svd")
+SOLVERS = ("gram", "krylov", "filtered", "factored", "subspace", "dense", "svd")
 CERTIFICATES = ("exact", "estimate")
 EXACT = frozenset({"gram", "svd"})
 # Iterating in float32 cannot resolve an excess below about this (products round at 6e-8, squared spectrum).
@@ -43,8 +45,13 @@ class Constants:
 
 
 @functools.cache
-def default_constants() -> Constants:
-    return Constants.load()
+def default_constants(device: str = "cpu") -> Constants:
+    return Constants.load(Path(__file__).with_name("constants.json" if device == "cpu" else f"constants-{device}.json"))
+
+
+def constants_of(device: torch.device) -> Constants:
+    """The constants of a kind of device; those of CUDA stand for all accelerators."""
+    return default_constants("cpu" if device.type == "cpu" else "cuda")
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ def seconds(shape: Shape, c: Constants) -> dict[str, float]:
     costs = {
         "gram": _gram(shape, c, dense64, convert) + 40 * c.call,
         "krylov": grams + 24 * R**2 / c.bytes_per_second + _core(shape, c) + 80 * c.call,
+        "filtered": grams + 24 * R**2 / c.bytes_per_second + _filtered(shape, c),
         "factored": energy + factor_loop,
         "subspace": energy + power,
         "dense": form + dense_loop,
@@ -135,6 +143,24 @@ def _core(shape: Shape, c: Constants) -> float:
     return last + 4.0 * R**2 * columns / c.thin32 + small + 45 * steps * c.call
 
 
+def _filtered(shape: Shape, c: Constants) -> float:
+    """Seconds a layer of filtered subspace iteration behind its Grams; a group shares the overhead of its calls."""
+    m, n, R, width = shape.m, shape.n, max(shape.R, 1), shape.k + 16
+    products = 2 + sum(degrees(shape.tol)) + 1
+    loop = products * max(4.0 * R**2 * width / c.thin32, 8 * R**2 / c.bytes_per_second)
+    last = (4 * m + 2 * n) * R * width / c.thin32 + 8 * (m + n) * width**2 / c.gemm64
+    return loop + last + 5 * c.eigh64 * width**3
+
+
+def degrees(tol: float, more: int = 0) -> tuple[int, ...]:
+    """Degrees of the filters that usually reach an excess of ``tol`` (see filtered.py); ``more`` adds as many.
+
+    A filter of degree 3 shrinks it 8 to 10 times where the spectrum is flat, which is the hardest.
+    """
+    filters = max(2, math.ceil(math.log10(1 / min(max(tol, FLOAT32_TOL), 1.0))))
+    return (2, *(3,) * (filters - 1 + more))
+
+
 def direct(R: int, k: int) -> bool:
     """Whether one R×R eigenproblem is cheaper than the Krylov steps it replaces.
 
@@ -158,9 +184,14 @@ def _krylov(shape: Shape, c: Constants, *, product: float, side: int, long: int,
     return dim * product + orthogonal + gram + values + final + 60 * steps * c.call
 
 
-def choose(shape: Shape, constants: Constants | None = None) -> str:
-    """The solver expected to be fastest while keeping the promise of ``tol``."""
+def choose(shape: Shape, constants: Constants | None = None, *, grouped: bool = False) -> str:
+    """The solver expected to be fastest while keeping the promise of ``tol``.
+
+    ``grouped``: other layers of this shape can be solved together with it, which is what "filtered" is for.
+    """
     costs = seconds(shape, constants or default_constants())
+    if not grouped or shape.tol < FLOAT32_TOL:
+        del costs["filtered"]
     rank = min(shape.R, shape.short)
     # Nothing to iterate on where most of the spectrum is kept, or where float32 products cannot resolve tol.
     if shape.tol < FLOAT32_TOL or 2 * shape.k >= rank:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from flexlora_fast.errors import AdapterError, OptionError
-from flexlora_fast.lowrank import plan
+from flexlora_fast.lowrank import filtered, plan
 from flexlora_fast.lowrank.core import Unresolved, solve_krylov
 from flexlora_fast.lowrank.dense import solve_dense, solve_svd
 from flexlora_fast.lowrank.factorization import Factorization
@@ -57,7 +57,8 @@ def solve(
     if k == 0:
         return _empty(stack)
     if solver == "auto":
-        solver = plan.choose(plan.Shape(stack.m, stack.n, stack.R, k, tol, stack.batch, certificate, stack.sixteen))
+        shape = plan.Shape(stack.m, stack.n, stack.R, k, tol, stack.batch, certificate, stack.sixteen)
+        solver = plan.choose(shape, plan.constants_of(stack.device))
     scaled, factor = _rescaled(stack, name)
     result = _dispatch(scaled, k, key, solver, max(tol, plan.FLOAT32_TOL), certificate)
     if factor != 1.0:
@@ -80,6 +81,12 @@ def check_norm(result: Factorization, name: str) -> None:
 def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float, certificate: str) -> Factorization:
     if solver == "gram":
         return solve_gram(stack, k, key)
+    if solver == "filtered":
+        for more in filtered.MORE if filtered.takes(stack, k) else ():
+            (result,) = filtered.solve_filtered([stack], k, [key], tol, more)
+            if result is not None:
+                return result
+        solver = "krylov"  # whatever it could not prove, this one looks at
     if solver == "svd":
         return solve_svd(stack, k, key)
     if solver == "krylov":

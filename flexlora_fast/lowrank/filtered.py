@@ -1,0 +1,340 @@
+"""Chebyshev-filtered subspace iteration for many layers of one shape at once, without waiting for the device.
+
+Source: Zhou, Saad, Tiago and Chelikowsky, "Self-consistent-field calculations using Chebyshev-filtered subspace
+iteration", J. Comput. Phys. 219 (2006). Between two Rayleigh-Ritz steps the subspace goes through a polynomial that
+is at most 1 where the unwanted part of the spectrum lies, and grows fastest beyond it. Block Krylov (krylov.py) needs
+fewer products, but a basis of 4 to 6 blocks whose eigenproblem has to be solved whole; here all small problems have
+k + 16 columns, which is what a GPU can do for hundreds of layers at a time.
+
+It runs in R dimensions, as core.py does and with its notation: the operator is M·G, self-adjoint in the inner product
+xᵀGy. Its products stay float32: entries of the Grams rounded to bfloat16 (2⁻⁹) hide every σ below σ₁/20.
+
+Nothing here depends on a value: layers take the same steps, and what went wrong with one is read at the end from
+its numbers. Such layers are solved again, by more steps or by the solvers that look (``solve``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexlora_fast.backends import groups
+from flexlora_fast.backends.eigen import eigh
+from flexlora_fast.backends.group import Group
+from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.lowrank.krylov import estimate
+from flexlora_fast.lowrank.plan import degrees
+from flexlora_fast.lowrank.random import signs_of
+from flexlora_fast.stack import Stack
+
+# Columns beyond k: with 16 a filter of degree 3 shrinks the excess of a flat spectrum 8 times, with 32 15 times.
+OVERSAMPLING = 16
+# Products before the first Rayleigh-Ritz step: they find the large directions of a steep spectrum.
+_POWERS = 2
+# Ritz vectors of this many times another's value are taken out of it as it goes through the filter: in the 1e12-fold
+# growth of the first, float32 rounding of the second would drown it.
+_APART = 8.0
+# Unit columns whose part outside the columns before them is smaller have lost it to float32 rounding of the products.
+_SHARE = 3e-3
+# What is added to the unit diagonal of a Gram matrix that has no Cholesky factor of such shares: the first that helps.
+_SHIFTS = (1e-5, 1e-3, 1.0)
+# Gains are not believed to shrink faster than by this factor from one step to the next.
+_SLOWEST = 0.15
+_RESOLUTION = 3e-8
+_TINY = 1e-300
+
+
+# Filters added to the usual ones: a layer that these have not brought to ``tol`` gets the next number, and no more.
+MORE = (0, 3)
+# Column norms of the factors between which float32 Grams neither overflow nor vanish.
+_RANGE = (1e-12, 1e12)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Triplets of L layers on the device, and what tells whether they are good; nothing of it has been looked at.
+
+    Attributes:
+        U (L, m, k), V (L, n, k) float32, orthonormal, signs canonical. S (L, k) float64, descending.
+        report: (L, 7) float64: energy, captured at the last three Rayleigh-Ritz steps, captured by S, whether
+            the numbers left their range or a Cholesky factor of these steps had to be shifted, largest skew of U and V.
+        products: multiplications by the operator.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    report: Tensor
+    products: int
+
+
+def takes(stack: Stack, k: int) -> bool:
+    """Whether a stack has the columns for it: k and more on the way, and a part of the spectrum beyond."""
+    return min(stack.R, stack.m, stack.n) >= k + 2 * OVERSAMPLING
+
+
+class Core:
+    """The eigenproblem of L layers in R dimensions.
+
+    G (unit diagonal) and M (L, W, W) float32; ``energy`` = ⟨M, G⟩ = ‖ΔW‖_F² (L,) float64; ``out_of_range`` (L,) bool.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.G, self.M, self._norms, self.out_of_range = _scaled(*group.gram(), group.d)
+        self.energy = _inner(self.G, self.M)
+
+    def image(self, X: Tensor) -> Tensor:
+        """G·X for X (L, W, l)."""
+        return self.G @ X
+
+    def apply(self, H: Tensor) -> Tensor:
+        """M·H: the operator on what H = G·X is the image of."""
+        return self.M @ H
+
+    def left(self, X: Tensor) -> Tensor:
+        """P̂·X (L, m, l): the left vectors that X stands for."""
+        return self.group.combine(X / self._norms.unsqueeze(2))
+
+
+def leading_triplets(core: Core, k: int, addresses: Sequence[tuple[int, int]], schedule: Sequence[int]) -> Found:
+    """The k leading triplets of every layer, by filters of the degrees in ``schedule`` (two at least).
+
+    Args:
+        addresses: of each layer's random start, as ``random.signs_of`` takes them.
+    """
+    size = core.G.shape[1]
+    width = min(size, k + OVERSAMPLING)
+    X = signs_of(addresses, size, width, device=core.energy.device)
+    X = _conditioned(X, core.image(X))
+    for _ in range(_POWERS):
+        X = core.apply(core.image(X))
+        X = _conditioned(X, core.image(X))
+    captured, shifts = [], [core.out_of_range]
+    for degree in (*schedule, 0):
+        ritz = _rayleigh_ritz(core, X)
+        captured.append(ritz.values[:, :k].sum(dim=1))
+        shifts.append(ritz.shifted)
+        X = _filtered(core, ritz, degree) if degree else ritz.X
+    # A few columns more than k, which rounding may have put on the wrong side of the cut.
+    U, S, V, shifted = _last_pass(core, core.left(X[:, :, : min(width, k + 8)]), k)
+    poor = torch.stack([shifts[0], *shifts[-3:], shifted]).any(dim=0)
+    skew = torch.maximum(_skew(U), _skew(V))
+    report = torch.stack([core.energy, *captured[-3:], S.square().sum(dim=1), poor.double(), skew], dim=1)
+    return Found(*_signed(U, V, S), report, _POWERS + sum(schedule) + 1)
+
+
+def solve_filtered(
+    stacks: Sequence[Stack], k: int, keys: Sequence[int], tol: float, more: int = 0
+) -> list[Factorization | None]:
+    """The k leading triplets of stacks of one m and n that it ``takes``, together; None for those not proved good.
+
+    Args:
+        keys: of each stack's random start. more: filters beyond those that ``tol`` usually takes.
+    """
+    addresses = [(key, b) for key, stack in zip(keys, stacks, strict=True) for b in range(stack.batch)]
+    schedule = degrees(tol, more)
+    found = leading_triplets(Core(groups.of(stacks)), k, addresses, schedule)
+    # The one place that waits for the device: both in one copy.
+    numbers = torch.cat([found.report, found.S], dim=1).cpu()
+    report, S = numbers[:, : found.report.shape[1]], numbers[:, found.report.shape[1] :]
+    excess, good = judged(report, tol)
+    results, at = list[Factorization | None](), 0
+    for stack in stacks:
+        part = slice(at, at + stack.batch)
+        at += stack.batch
+        results.append(_result(found, report, S, excess, part) if bool(good[part].all()) else None)
+    return results
+
+
+def _result(found: Found, report: Tensor, S: Tensor, excess: Tensor, part: slice) -> Factorization:
+    energy = torch.maximum(report[part, 0], S[part].square().sum(dim=1))
+    return Factorization(
+        found.U[part], S[part].clone(), found.V[part], energy, "filtered", found.products, float(excess[part].max())
+    )
+
+
+def judged(report: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    """The estimated excess of each layer (L,), and which layers are good: from ``Found.report`` on the CPU.
+
+    Good are those whose excess is at most ``tol``, whose factors hold what the space promised, and whose vectors are
+    orthonormal. NaN is never good, nor is a layer with so little energy beyond k that float32 products cannot tell an
+    excess of ``tol``.
+    """
+    energy, captured, held, poor, skew = report[:, 0], report[:, 1:4], report[:, 4], report[:, 5], report[:, 6]
+    _, _, excess = estimate(captured.unbind(dim=1), energy, _RESOLUTION, _SLOWEST)
+    rest = (energy - held).clamp_min(0)
+    shortfall = (captured[:, 2] - held).clamp_min(0)
+    excess = excess + torch.where(rest > 1e-7 * energy, 0.5 * shortfall / rest.clamp_min(_TINY), torch.zeros_like(rest))
+    fits = (shortfall <= torch.maximum(tol * rest, 1e-7 * energy)) & (2 * tol * rest >= _RESOLUTION * energy)
+    return excess, fits & (excess <= tol) & (poor == 0) & (skew <= 1e-5) & (energy > 0) & report.isfinite().all(dim=1)
+
+
+# -- steps ---
+
+
+def _scaled(G: Tensor, M: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """G and M with unit diagonal in G, from PᵀP and QQᵀ (L, W, W), which are overwritten (core.scaled_grams in batch).
+
+    Also the column norms (L, W) taken out of P, 1 for columns of zeros and those behind a layer's own; and where
+    norms leave the range that float32 Grams can hold, (L,) bool.
+    """
+    norms = [X.diagonal(dim1=1, dim2=2).double().sqrt() for X in (G, M)]
+    c = d * norms[0] * norms[1]
+    low, high = _RANGE
+    bad = [~((x == 0) | ((x > low) & (x < high))).all(dim=1) for x in (*norms, c.abs())]
+    p, q = (torch.where(x > 0, x, torch.ones_like(x)).float() for x in norms)
+    G.div_(p.unsqueeze(2)).div_(p.unsqueeze(1))
+    row = (c / q).float()
+    M.mul_(row.unsqueeze(2)).mul_(row.unsqueeze(1))
+    return G, M, p, torch.stack(bad).any(dim=0)
+
+
+def _inner(G: Tensor, M: Tensor, layers: int = 16) -> Tensor:
+    """⟨G, M⟩ of each layer (L,), summed in float64; some layers at a time, for the memory of the products."""
+    pairs = zip(G.split(layers), M.split(layers), strict=True)
+    return torch.cat([torch.sum(g * m, dim=(1, 2), dtype=torch.float64) for g, m in pairs])
+
+
+@dataclass(frozen=True)
+class _Ritz:
+    """Ritz vectors X (L, W, w), their images H, operator·X = Y, values (L, w) float64 descending; see _whitening."""
+
+    X: Tensor
+    H: Tensor
+    Y: Tensor
+    values: Tensor
+    shifted: Tensor
+
+
+def _rayleigh_ritz(core: Core, X: Tensor) -> _Ritz:
+    H = core.image(X)
+    Y = core.apply(H)
+    turn, shifted = _whitening(_gram64(X, H))
+    values, vectors = _eigh(turn.mT @ _gram64(H, Y) @ turn)
+    rotation = (turn @ vectors).float()
+    return _Ritz(X @ rotation, H @ rotation, Y @ rotation, values.clamp_min(0), shifted)
+
+
+def _filtered(core: Core, ritz: _Ritz, degree: int) -> Tensor:
+    """p(operator)·X for the Chebyshev polynomial of ``degree`` on 0 … the smallest Ritz value, 1 at each own value.
+
+    With g = 2θ/a − 1 ≥ 1 the recurrence for T_j(g·)/T_j(g) is σ_{j+1} = 1/(2g − σ_j), column by column: a common
+    scaling would leave the columns of small values below float32's range.
+    """
+    top = ritz.values[:, :1].clamp_min(_TINY)
+    half = torch.maximum(ritz.values[:, -1:], 1e-7 * top) / 2  # (L, 1)
+    ratio = (half / (ritz.values - half).clamp_min(half)).float().unsqueeze(1)  # 1/g, (L, 1, w)
+    inverse = (1 / half).float().unsqueeze(2)
+    apart = (ritz.values.unsqueeze(2) > _APART * ritz.values.unsqueeze(1)).float()  # [j, i]: take j out of i
+
+    def clean(Z: Tensor) -> Tensor:
+        return Z - ritz.X @ (apart * (ritz.H.mT @ Z))
+
+    sigma, before = ratio, ritz.X
+    now = (clean(ritz.Y) * inverse - ritz.X) * ratio
+    for _ in range(degree - 1):
+        following = 1 / (2 / ratio - sigma)
+        product = clean(core.apply(core.image(now))) * inverse - now
+        now, before = 2 * following * product - sigma * following * before, now
+        sigma = following
+    return now
+
+
+def _last_pass(core: Core, left: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rayleigh-Ritz with ΔW itself on the span of ``left``: U, S, V and whether a Cholesky factor was shifted."""
+    turn, first = _whitening(_gram64(left, left))
+    U = left @ turn.float()
+    W = core.group.project_t(U)
+    # U is orthonormal to float32 rounding only, which would bias the Ritz values (see core._last_pass).
+    turn, second = _whitening(_gram64(U, U))
+    values, rotation = _eigh(turn.mT @ _gram64(W, W) @ turn)
+    S = values[:, :k].clamp_min(0).sqrt()
+    rotation = turn @ rotation[:, :, :k]
+    inverse = torch.where(1e-7 * S[:, :1] < S, 1 / S.clamp_min(_TINY), torch.zeros_like(S))
+    U, V = U @ rotation.float(), W @ (rotation * inverse.unsqueeze(1)).float()
+    (U, third), (V, fourth) = _orthonormal(U), _orthonormal(V)
+    return U, S, V, first | second | third | fourth
+
+
+def _orthonormal(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns from the left, as QR gives them, for columns that nearly are; and whether a shift was used.
+
+    Vectors of small singular values come with the rounding of the large ones in them.
+    """
+    turn, shifted = _whitening(_gram64(X, X))
+    return X @ turn.float(), shifted
+
+
+def _conditioned(X: Tensor, H: Tensor) -> Tensor:
+    """Columns that span what X (L, W, w) does and are far from dependent; H are their images.
+
+    Shifted Cholesky QR (Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa, SIAM J. Sci. Comput. 42, 2020): each
+    pass lifts what float32 can still see of the small directions by 1/√shift. They need not be orthonormal, since
+    Rayleigh-Ritz takes the inner product into account.
+    """
+    for _ in range(3):
+        turn, _ = _whitening(_gram64(X, H))
+        X, H = X @ turn.float(), H @ turn.float()
+    return X
+
+
+def _whitening(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """T (L, w, w) float64, upper triangular, with Tᵀ·gram·T = I; and where it is only nearly so, (L,) bool.
+
+    Those are Gram matrices too near to a singular one for the shares of their columns to be more than rounding, which
+    get a multiple of the diagonal added; and matrices that are not finite, for which T is the identity.
+    """
+    squares = gram.diagonal(dim1=1, dim2=2)
+    # Of columns that vanish, float32 products can leave a square that is not even positive: they stay out.
+    norms = torch.where(squares > 1e-60, squares.clamp_min(1e-60).rsqrt(), torch.zeros_like(squares))
+    unit = _symmetric(gram) * norms.unsqueeze(1) * norms.unsqueeze(2)
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    finite = unit.isfinite().all(dim=2).all(dim=1)
+    unit = torch.where(finite.view(-1, 1, 1), unit, eye)
+    L, info = torch.linalg.cholesky_ex(unit)
+    shifted = without = (info != 0) | ~(L.diagonal(dim1=1, dim2=2).amin(dim=1) > _SHARE)
+    for shift in _SHIFTS:  # computed for all layers: which ones need it is not known here
+        other, info = torch.linalg.cholesky_ex(unit + shift * eye)
+        L = torch.where(without.view(-1, 1, 1), other, L)
+        without = without & (info != 0)
+    L = torch.where(without.view(-1, 1, 1), eye, L)
+    shifted = shifted | ~finite
+    inverse = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
+    return inverse.mT * norms.unsqueeze(2), shifted
+
+
+def _gram64(X: Tensor, Y: Tensor, rows: int = 1 << 27) -> Tensor:
+    """Xᵀ·Y (L, w, w) in float64, some layers at a time: copies in float64 are twice as large."""
+    layers = max(1, rows // max(1, X.shape[1] * X.shape[2]))
+    pairs = zip(X.split(layers), Y.split(layers), strict=True)
+    return torch.cat([x.double().mT @ y.double() for x, y in pairs])
+
+
+def _eigh(C: Tensor) -> tuple[Tensor, Tensor]:
+    """``eigen.eigh`` of the symmetric part of C (L, w, w); values NaN where C is not finite, which no solver takes."""
+    finite = C.isfinite().all(dim=2).all(dim=1)
+    values, vectors = eigh(_symmetric(torch.where(finite.view(-1, 1, 1), C, torch.zeros_like(C))))
+    return torch.where(finite.unsqueeze(1), values, torch.full_like(values, math.nan)), vectors
+
+
+def _symmetric(C: Tensor) -> Tensor:
+    return (C + C.mT) / 2
+
+
+def _skew(X: Tensor) -> Tensor:
+    """max |XᵀX − I| of each layer (L,) float64."""
+    gram = X.mT @ X
+    gram.diagonal(dim1=1, dim2=2).sub_(1)
+    return gram.abs().amax(dim=(1, 2)).double()
+
+
+def _signed(U: Tensor, V: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The entry of largest magnitude in each column of U positive, as ``factorization.finish`` has it."""
+    largest = U.abs().argmax(dim=1, keepdim=True)
+    sign = torch.where(U.gather(1, largest) < 0, -1.0, 1.0).to(U)
+    return U * sign, S, V * sign
