@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,30 @@ def _describe_gpu(index: int) -> str:
     return f"cuda:{index} {torch.cuda.get_device_name(index)} (sm_{major}{minor}, {memory})"
 
 
+def _gpu_round(name: str) -> Check:
+    """Which paths a round on the GPU takes, and why not faster ones."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check(name, "absent", "torch sees no GPU", "nothing to do: rounds run on the CPU")
+    from flexlora_fast.backends import cusolver, eigen
+    from flexlora_fast.kernels import obstacle
+
+    reason = obstacle()
+    products = "Triton kernels" if reason is None else f"torch on packed copies, since {reason}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it warns of is said here
+        solver, _ = eigen.on_cuda()
+    detail = f"products by {products}; eigenproblems by {solver}"
+    if (other := cusolver.obstacle()) is not None:
+        detail += f", since {other}"
+    if reason is None and other is None:
+        return Check(name, "ok", detail)
+    remedies = ["`pip install triton`"] * (reason is not None)
+    remedies += ["a torch built for CUDA 12.6.2 or newer, or `pip install cupy-cuda13x`"] * (other is not None)
+    return Check(name, "broken" if "torch" in solver else "absent", detail, "; ".join(remedies))
+
+
 def _memory(name: str) -> Check:
     free, source = _free_memory()
     if free is None:
@@ -215,6 +240,7 @@ _PROBES: dict[str, Callable[[str], Check]] = {
     "extension": _extension,
     "cuda toolkit": _toolkit,
     "gpu": _gpu,
+    "gpu round": _gpu_round,
     "memory": _memory,
     "safetensors": _package("adapters are read with it", "pip install safetensors"),
     "triton": _package("GPU kernels are written in it", "pip install triton"),

@@ -64,6 +64,11 @@ def check_layer(
         )
 
 
+def harmless(largest: float, entries: int, scale: float) -> bool:
+    """Whether tensors of at most so many entries, none of them larger in magnitude, pass ``check_layer``."""
+    return math.sqrt(entries) * largest < _SAFE and scale < _SAFE
+
+
 def _bound(X: Tensor) -> float:
     """√numel·max|x| ≥ ‖X‖_F; NaN or infinite where an entry is. One pass without a temporary."""
     low, high = torch.aminmax(X)

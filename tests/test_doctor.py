@@ -13,7 +13,7 @@ from flexlora_fast import _native, doctor
 from flexlora_fast.doctor import Check
 
 NAMES = [
-    "python", "torch", "threads", "cpu", "extension", "cuda toolkit", "gpu", "memory",
+    "python", "torch", "threads", "cpu", "extension", "cuda toolkit", "gpu", "gpu round", "memory",
     "safetensors", "triton", "cupy", "peft", "transformers", "flwr", "nvflare",
 ]  # fmt: skip
 

@@ -45,13 +45,19 @@ class Constants:
 
 
 @functools.cache
-def default_constants(device: str = "cpu") -> Constants:
-    return Constants.load(Path(__file__).with_name("constants.json" if device == "cpu" else f"constants-{device}.json"))
+def default_constants() -> Constants:
+    return Constants.load()
 
 
+def constants_file(device: torch.device) -> Path:
+    """Where the constants of a kind of device are; those of CUDA stand for all accelerators."""
+    return Path(__file__).with_name("constants.json" if device.type == "cpu" else "constants-cuda.json")
+
+
+@functools.cache
 def constants_of(device: torch.device) -> Constants:
-    """The constants of a kind of device; those of CUDA stand for all accelerators."""
-    return default_constants("cpu" if device.type == "cpu" else "cuda")
+    """The constants of a kind of device."""
+    return Constants.load(constants_file(device))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,45 @@
+"""A group of layers on a GPU: Triton kernels that read the clients' factors from where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexlora_fast.backends.group import coefficients
+from flexlora_fast.stack import Stack
+
+
+class Tabled:
+    """A ``group.Group`` over a device table of column addresses; no factor is copied.
+
+    Products of bfloat16 factors are exact on the matrix units. Where one operand is float32 it is split into three
+    bfloat16 (or TF32) numbers, which hold its 24 bits: float32's accuracy at a third of the matrix units' rate.
+
+    Raises ``BackendError`` where Triton is missing or cannot run on the factors' device.
+    """
+
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        from flexlora_fast.kernels.combine import combine
+        from flexlora_fast.kernels.gram import gram
+        from flexlora_fast.kernels.project import project_t
+        from flexlora_fast.kernels.table import Table
+
+        self._combine, self._gram, self._project_t = combine, gram, project_t
+        self.table = Table(stacks)
+        self.layers, self.m, self.n = self.table.layers, self.table.m, self.table.n
+        self.W, self.device = self.table.W, self.table.device
+        self.d = coefficients(stacks, self.W, self.device)
+        sixteen = self.table.P.dtype == self.table.Q.dtype == torch.bfloat16
+        self._precision: Any = "bf16x3" if sixteen else "tf32x3"
+
+    def gram(self) -> tuple[Tensor, Tensor]:
+        return self._gram(self.table, precision=self._precision)
+
+    def project_t(self, Y: Tensor) -> Tensor:
+        return self._project_t(self.table, Y, precision=self._precision)
+
+    def combine(self, Z: Tensor) -> Tensor:
+        return self._combine(self.table, Z, precision=self._precision)
