@@ -20,7 +20,7 @@ from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.accumulate import Accumulator
 from flexlora_fast.lowrank.factorization import Factorization
-from flexlora_fast.lowrank.grouped import solve_group
+from flexlora_fast.lowrank.grouped import Stacks, solve_group
 from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.methods import Contribution, Method
 from flexlora_fast.precision import full_precision
@@ -164,7 +164,7 @@ class Work:
             stacks.append(self._stack(layer.spec, next(pieces), biases[-1]))
         names = [layer.spec.name for layer in layers]
         rank = layers[0].rank
-        results = solve_group(stacks, rank, tol=of.tol, seed=of.seed, names=names, certificate=of.certificate)
+        results = solve_group(Stacks(stacks), rank, tol=of.tol, seed=of.seed, names=names, certificate=of.certificate)
         return [
             LayerUpdate(layer.spec, _numbers_to_cpu(result), stack.R, None, bias.mean)
             for layer, result, stack, bias in zip(layers, results, stacks, biases, strict=True)

@@ -13,7 +13,7 @@ from flexlora_fast.backends.group import Packed
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.lowrank import filtered, plan
 from flexlora_fast.lowrank.factorization import Factorization
-from flexlora_fast.lowrank.grouped import solve_group
+from flexlora_fast.lowrank.grouped import Stacks, solve_group
 from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.precision import full_precision
 from flexlora_fast.stack import Block, Stack
@@ -42,7 +42,7 @@ def group(batch: int = 1, m: int = 210, n: int = 170) -> tuple[list[Stack], list
 
 def solved(stacks: list[Stack], names: list[str], tol: float = 1e-3) -> list[Factorization]:
     with full_precision():
-        return solve_group(stacks, K, tol=tol, seed=0, names=names)
+        return solve_group(Stacks(stacks), K, tol=tol, seed=0, names=names)
 
 
 def assert_right(f: Factorization, stack: Stack, tol: float) -> None:

@@ -22,14 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexlora_fast.backends import groups
 from flexlora_fast.backends.eigen import eigh
 from flexlora_fast.backends.group import Group
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.krylov import estimate
 from flexlora_fast.lowrank.plan import degrees
 from flexlora_fast.lowrank.random import signs_of
-from flexlora_fast.stack import Stack
 
 # Columns beyond k: with 16 a filter of degree 3 shrinks the excess of a flat spectrum 8 times, with 32 15 times.
 OVERSAMPLING = 16
@@ -72,9 +70,9 @@ class Found:
     products: int
 
 
-def takes(stack: Stack, k: int) -> bool:
-    """Whether a stack has the columns for it: k and more on the way, and a part of the spectrum beyond."""
-    return min(stack.R, stack.m, stack.n) >= k + 2 * OVERSAMPLING
+def takes(R: int, m: int, n: int, k: int) -> bool:
+    """Whether a layer has the columns for it: k and more on the way, and a part of the spectrum beyond."""
+    return min(R, m, n) >= k + 2 * OVERSAMPLING
 
 
 class Core:
@@ -129,24 +127,25 @@ def leading_triplets(core: Core, k: int, addresses: Sequence[tuple[int, int]], s
 
 
 def solve_filtered(
-    stacks: Sequence[Stack], k: int, keys: Sequence[int], tol: float, more: int = 0
+    group: Group, batches: Sequence[int], k: int, keys: Sequence[int], tol: float, more: int = 0
 ) -> list[Factorization | None]:
-    """The k leading triplets of stacks of one m and n that it ``takes``, together; None for those not proved good.
+    """The k leading triplets of layers that it ``takes``, together; None for those not proved good.
 
     Args:
-        keys: of each stack's random start. more: filters beyond those that ``tol`` usually takes.
+        batches: how many neighbours of the group each result is for (a layer's experts, or 1).
+        keys: of each one's random start. more: filters beyond those that ``tol`` usually takes.
     """
-    addresses = [(key, b) for key, stack in zip(keys, stacks, strict=True) for b in range(stack.batch)]
+    addresses = [(key, b) for key, batch in zip(keys, batches, strict=True) for b in range(batch)]
     schedule = degrees(tol, more)
-    found = leading_triplets(Core(groups.of(stacks)), k, addresses, schedule)
+    found = leading_triplets(Core(group), k, addresses, schedule)
     # The one place that waits for the device: both in one copy.
     numbers = torch.cat([found.report, found.S], dim=1).cpu()
     report, S = numbers[:, : found.report.shape[1]], numbers[:, found.report.shape[1] :]
     excess, good = judged(report, tol)
     results, at = list[Factorization | None](), 0
-    for stack in stacks:
-        part = slice(at, at + stack.batch)
-        at += stack.batch
+    for batch in batches:
+        part = slice(at, at + batch)
+        at += batch
         results.append(_result(found, report, S, excess, part) if bool(good[part].all()) else None)
     return results
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+from flexlora_fast.backends import groups
+from flexlora_fast.backends.group import Group
 from flexlora_fast.lowrank import filtered
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.plan import FLOAT32_TOL
@@ -12,14 +16,66 @@ from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.stack import Stack
 
 
-def solve_group(
-    stacks: Sequence[Stack], rank: int, *, tol: float, seed: int, names: Sequence[str], certificate: str = "exact"
-) -> list[Factorization]:
-    """The best rank-``rank`` approximations of stacks of one m and n, as ``solve`` gives them one by one.
+class Layers(Protocol):
+    """Layers of one shape (m, n), by their place: what all are made of at once, or one of them as a stack.
 
-    All go through ``filtered`` together, on the device of their factors, which is waited for once. A layer whose
-    numbers do not prove it good goes through it once more by itself with longer filters, and then to ``solve``, whose
-    solvers look at what they do: its result names them.
+    ``ranks``: R of each. ``batches``: matrices of each (experts, or 1).
+    """
+
+    @property
+    def m(self) -> int: ...
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def ranks(self) -> Sequence[int]: ...
+
+    @property
+    def batches(self) -> Sequence[int]: ...
+
+    def group(self, places: Sequence[int]) -> Group: ...
+
+    def stack(self, place: int) -> Stack: ...
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """Layers that are stacks already."""
+
+    stacks: Sequence[Stack]
+
+    @property
+    def m(self) -> int:
+        return self.stacks[0].m
+
+    @property
+    def n(self) -> int:
+        return self.stacks[0].n
+
+    @property
+    def ranks(self) -> list[int]:
+        return [stack.R for stack in self.stacks]
+
+    @property
+    def batches(self) -> list[int]:
+        return [stack.batch for stack in self.stacks]
+
+    def group(self, places: Sequence[int]) -> Group:
+        return groups.of([self.stacks[i] for i in places])
+
+    def stack(self, place: int) -> Stack:
+        return self.stacks[place]
+
+
+def solve_group(
+    layers: Layers, rank: int, *, tol: float, seed: int, names: Sequence[str], certificate: str = "exact"
+) -> list[Factorization]:
+    """The best rank-``rank`` approximation of every layer, as ``solve`` gives it for one.
+
+    All go through ``filtered`` together, on the device of their factors, which is waited for once. Layers whose numbers
+    do not prove them good go through it once more with longer filters, and then one by one to ``solve``, whose solvers
+    look at what they do: the result names them.
 
     Args:
         names: of the layers, for random addresses and errors.
@@ -29,18 +85,20 @@ def solve_group(
         AdapterError: a factor is not finite, or ΔW is too large for float32.
     """
     tol = max(tol, FLOAT32_TOL)
-    k = min(rank, stacks[0].m, stacks[0].n)
-    results: list[Factorization | None] = [None] * len(stacks)
+    k = min(rank, layers.m, layers.n)
+    results: list[Factorization | None] = [None] * len(names)
     # Fewer columns than the iteration needs have an eigenproblem of their own size.
-    open_ = [i for i, stack in enumerate(stacks) if filtered.takes(stack, k)]
+    left = [i for i, R in enumerate(layers.ranks) if filtered.takes(R, layers.m, layers.n, k)]
     for more in filtered.MORE:
-        if open_:
-            keys = [stream(seed, names[i]) for i in open_]
-            found = filtered.solve_filtered([stacks[i] for i in open_], k, keys, tol, more)
-            for i, result in zip(open_, found, strict=True):
-                results[i] = result
-            open_ = [i for i in open_ if results[i] is None]
+        if not left:
+            break
+        keys = [stream(seed, names[i]) for i in left]
+        batches = [layers.batches[i] for i in left]
+        found = filtered.solve_filtered(layers.group(left), batches, k, keys, tol, more)
+        for i, result in zip(left, found, strict=True):
+            results[i] = result
+        left = [i for i in left if results[i] is None]
     return [
-        result or solve(stack, rank, tol=tol, seed=seed, name=name, certificate=certificate)
-        for result, stack, name in zip(results, stacks, names, strict=True)
+        result or solve(layers.stack(i), rank, tol=tol, seed=seed, name=names[i], certificate=certificate)
+        for i, result in enumerate(results)
     ]

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from flexlora_fast.backends import groups
 from flexlora_fast.errors import AdapterError, OptionError
 from flexlora_fast.lowrank import filtered, plan
 from flexlora_fast.lowrank.core import Unresolved, solve_krylov
@@ -82,8 +83,8 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float, certifica
     if solver == "gram":
         return solve_gram(stack, k, key)
     if solver == "filtered":
-        for more in filtered.MORE if filtered.takes(stack, k) else ():
-            (result,) = filtered.solve_filtered([stack], k, [key], tol, more)
+        for more in filtered.MORE if filtered.takes(stack.R, stack.m, stack.n, k) else ():
+            (result,) = filtered.solve_filtered(groups.of([stack]), [stack.batch], k, [key], tol, more)
             if result is not None:
                 return result
         solver = "krylov"  # whatever it could not prove, this one looks at
