@@ -1,0 +1,121 @@
+"""Which tile sizes a kernel runs with: candidates pruned by shape, and the measured best of them.
+
+The order in which a kernel adds depends on its tile sizes, so they are never chosen by timing at run time: two servers
+would get different bits. Each operation lists its candidates, best guess first; ``tuned.json`` beside this file, written
+by ``python -m flexlora_fast.kernels.tune`` on a GPU and committed, names the one that was fastest. No choice depends on
+how many layers there are or what their ranks are: a layer comes out the same alone and among others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from flexlora_fast.errors import OptionError
+
+Precision = Literal["float32", "bf16x3", "tf32x3", "tf32", "bf16"]
+
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Tile sizes and launch options of a kernel.
+
+    Attributes:
+        blocks: the kernel's own constants (BLOCK_C, PART, …), as pairs of name and value.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline of its loads.
+        resident: programs of the persistent grid on each multiprocessor.
+    """
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int = 4
+    num_stages: int = 3
+    resident: int = 2
+
+    def __getitem__(self, block: str) -> int:
+        return dict(self.blocks)[block]
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's own constants."""
+        return dict(self.blocks)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Triton's launch options; fused multiply-add by name, because Triton's default for it is about to change."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+def configuration(num_warps: int, num_stages: int, resident: int, **blocks: int) -> Configuration:
+    """A Configuration from keyword block sizes."""
+    return Configuration(tuple(blocks.items()), num_warps, num_stages, resident)
+
+
+def padded(size: int, least: int = 16, most: int = 128) -> int:
+    """The smallest power of two that holds ``size``, between ``least`` (what tensor cores take) and ``most``.
+
+    >>> padded(1), padded(17), padded(4096)
+    (16, 32, 128)
+    """
+    return min(max(least, 1 << (size - 1).bit_length()), most)
+
+
+def entry(op: str, device: torch.device, dtype: torch.dtype, precision: Precision, width: int) -> str:
+    """The name of a choice in tuned.json: what the best tile sizes were seen to depend on."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{op} sm_{major}{minor} {str(dtype).removeprefix('torch.')} {precision} {width}"
+
+
+@cache
+def tuned() -> dict[str, Configuration]:
+    """What tuned.json holds; empty where nothing was measured yet."""
+    if not TUNED.exists():
+        return {}
+    table = json.loads(TUNED.read_text())
+    return {
+        name: Configuration(tuple(choice["blocks"].items()), *(choice[k] for k in ("num_warps", "num_stages", "resident")))
+        for name, choice in table.items()
+    }
+
+
+def record(choices: dict[str, Configuration]) -> None:
+    """Add measured choices to tuned.json."""
+    table = {name: asdict(c) | {"blocks": c.constants} for name, c in (tuned() | choices).items()}
+    TUNED.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    tuned.cache_clear()
+
+
+def best(
+    op: str,
+    candidates: Sequence[Configuration],
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: Precision,
+    width: int = 0,
+) -> Configuration:
+    """The measured best of ``candidates`` for this GPU, or the first where nothing was measured."""
+    if device.type != "cuda":
+        return candidates[0]
+    measured = tuned().get(entry(op, device, dtype, precision, width))
+    return measured if measured in candidates else candidates[0]
+
+
+def check_precision(op: str, precision: str, **factors: torch.dtype) -> None:
+    """Raise OptionError for a precision that does not exist, or that these factors cannot be multiplied in."""
+    if precision not in get_args(Precision):
+        known = ", ".join(repr(p) for p in get_args(Precision))
+        raise OptionError(f"{op}: precision {precision!r} does not exist: expected one of {known}")
+    for name, dtype in factors.items():
+        if precision == "bf16x3" and dtype != torch.bfloat16:
+            raise OptionError(
+                f"{op}: precision 'bf16x3' is for bfloat16 factors, which it keeps exact; {name} is {dtype}: "
+                "take 'tf32x3' or 'float32'"
+            )
