@@ -56,8 +56,8 @@ def launch(
 ) -> None:
     """Run ``kernel`` over ``tiles`` in a persistent grid, on the current stream of ``device``.
 
-    The kernel's last argument before its constants is the number of tiles; each program takes every so many of them, and
-    what a tile computes does not depend on which program takes it.
+    The kernel's last argument before its constants is the number of tiles; each program takes every so many of them,
+    and what a tile computes does not depend on which program takes it.
     """
     if tiles == 0:
         return

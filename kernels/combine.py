@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexlora_fast.kernels._triton import launch, require_runnable, tl, triton
 from flexlora_fast.kernels.configuration import Configuration, Precision, best, check_precision, configuration, padded
-from flexlora_fast.kernels.operand import checked_operand
+from flexlora_fast.kernels.operand import checked_operand, require_int32
 from flexlora_fast.kernels.parts import scratch, split, sum_parts
 from flexlora_fast.kernels.table import Table
 from flexlora_fast.kernels.tiles import column_pointers, layer_columns, load_factor, multiply
@@ -34,7 +34,7 @@ def combine_kernel(
     layers,
     length,
     W,
-    l,
+    width,
     tiles,
     ELEMENT: tl.constexpr,
     INDEX: tl.constexpr,
@@ -48,7 +48,7 @@ def combine_kernel(
     BLOCK_C: tl.constexpr,
     PART: tl.constexpr,
 ):
-    tiles_l, tiles_i = tl.cdiv(l, BLOCK_L), tl.cdiv(length, BLOCK_I)
+    tiles_l, tiles_i = tl.cdiv(width, BLOCK_L), tl.cdiv(length, BLOCK_I)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         columns_Z = (tile % tiles_l) * BLOCK_L + tl.arange(0, BLOCK_L)
         rest = tile // tiles_l
@@ -62,7 +62,7 @@ def combine_kernel(
         low, high = 0, tl.cdiv(R, PART)
         if SPLIT:
             low, high = part_tile, tl.minimum(part_tile + 1, high)
-        Z_layer = Z_ptr + layer * W * l
+        Z_layer = Z_ptr + layer * W * width
         total = tl.zeros((BLOCK_I, BLOCK_L), dtype=tl.float32)
         for part in range(low, high):
             in_part = tl.zeros((BLOCK_I, BLOCK_L), dtype=tl.float32)
@@ -74,36 +74,36 @@ def combine_kernel(
                 inside = (i[:, None] < length) & (c[None, :] < R)
                 F = load_factor(pointers[None, :], strides[None, :], i[:, None], inside, INDEX, UNIT)
                 Z = tl.load(
-                    Z_layer + (c[:, None] * l + columns_Z[None, :]),
-                    mask=(c[:, None] < R) & (columns_Z[None, :] < l),
+                    Z_layer + (c[:, None] * width + columns_Z[None, :]),
+                    mask=(c[:, None] < R) & (columns_Z[None, :] < width),
                     other=0.0,
                 )
                 in_part = multiply(F, Z, in_part, PRECISION, False)
             total += in_part
-        Y_layer = Y_ptr + layer * length * l
+        Y_layer = Y_ptr + layer * length * width
         if SPLIT:
-            Y_layer += part_tile.to(tl.int64) * layers * length * l
+            Y_layer += tl.cast(part_tile, tl.int64) * layers * length * width
         tl.store(
-            Y_layer + (i[:, None] * l + columns_Z[None, :]),
+            Y_layer + (i[:, None] * width + columns_Z[None, :]),
             total,
-            mask=(i[:, None] < length) & (columns_Z[None, :] < l),
+            mask=(i[:, None] < length) & (columns_Z[None, :] < width),
         )
 
 
-def configurations(precision: Precision, length: int, l: int) -> list[Configuration]:
+def configurations(precision: Precision, length: int, width: int) -> list[Configuration]:
     """Candidates for results of ``length`` rows and ``l`` columns; the first is the best guess."""
-    L = padded(l)
+    L = padded(width)
     if precision == "float32":
         # Sums on CUDA cores hold whole operand tiles in registers: deeper tiles spill.
-        shapes = [(64, min(L, 64), 16, 4, 3), (32, min(L, 64), 16, 4, 3), (64, min(L, 64), 16, 8, 3)]
+        shapes = [(64, L, 16, 4, 3, 4)] if L <= 32 else [(64, 64, 16, 8, 3, 2), (32, 64, 16, 4, 3, 4)]
     elif precision in {"tf32", "tf32x3"}:
-        shapes = [(64, min(L, 64), 32, 8, 3), (64, min(L, 64), 16, 4, 3), (128, min(L, 64), 32, 8, 3)]
+        shapes = [(64, min(L, 64), 16, 4, 3, 2), (64, min(L, 64), 32, 8, 4, 1), (128, min(L, 64), 32, 8, 3, 1)]
     else:
-        shapes = [(64, L, 32, 8, 3), (128, L, 32, 8, 3), (64, min(L, 64), 32, 4, 3), (128, L, 64, 8, 3)]
+        shapes = [(64, min(L, 64), 32, 4, 3, 3), (64, min(L, 64), 32, 8, 3, 2), (128, L, 32, 8, 3, 1)]
     return [
-        configuration(warps, stages, 16 // warps, BLOCK_I=min(i, padded(length)), BLOCK_L=w, BLOCK_C=c, PART=part)
+        configuration(*launch, BLOCK_I=min(i, padded(length)), BLOCK_L=w, BLOCK_C=c, PART=part)
         for part in (1024, 4096)
-        for i, w, c, warps, stages in shapes
+        for i, w, c, *launch in shapes
     ]
 
 
@@ -135,22 +135,24 @@ def combine(
     """
     F = table.side(side)
     check_precision("combine", precision, **{F.name: F.dtype})
-    require_runnable("combine", table.device, combine_kernel)
     Z = checked_operand("combine", "Z", Z, table, table.W, precision)
-    l = Z.shape[2]
+    width = Z.shape[2]
+    require_int32("combine", "the result", F.length * width)
+    require_runnable("combine", table.device, combine_kernel)
     if out is None:
-        out = torch.empty(table.layers, F.length, l, device=table.device)
+        out = torch.empty(table.layers, F.length, width, device=table.device)
     if out.numel() == 0 or table.W == 0:
         return out.zero_()
-    candidates = configurations(precision, F.length, l)
-    c = chosen or best("combine " + F.name, candidates, table.device, F.dtype, precision, padded(l))
+    candidates = configurations(precision, F.length, width)
+    c = chosen or best("combine " + F.name, candidates, table.device, F.dtype, precision, padded(width))
+    c = c.for_alignment(F.aligned and width % 16 == 0)
     parts = triton.cdiv(table.W, c["PART"])
-    tiles = table.layers * triton.cdiv(F.length, c["BLOCK_I"]) * triton.cdiv(l, c["BLOCK_L"])
+    tiles = table.layers * triton.cdiv(F.length, c["BLOCK_I"]) * triton.cdiv(width, c["BLOCK_L"])
     in_parts = split(tiles, parts, c, table.device)
     target = scratch(parts, out) if in_parts else out
     launch(
         combine_kernel, tiles * parts if in_parts else tiles, c, table.device,
-        table.offsets, F.address, F.stride, Z, target, table.layers, F.length, table.W, l,
+        table.offsets, F.address, F.stride, Z, target, table.layers, F.length, table.W, width,
         **F.constants, PRECISION=precision, SPLIT=in_parts,
     )  # fmt: skip
     if in_parts:

@@ -26,16 +26,24 @@ class Resources:
     spilled: int
 
 
-def resources(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], chosen: Configuration, target: int, aligned: bool = False) -> Resources:
+def resources(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    chosen: Configuration,
+    target: int,
+    *,
+    aligned: bool,
+) -> Resources:
     """Compile ``kernel`` for sm_<target> and read what it takes.
 
     Args:
         kernel: a ``triton.jit`` function, not interpreted.
-        types: Triton's names of the argument types ("*fp32"); arguments left out are int32, without a hint of their
-            value: the version with the most registers.
+        types: Triton's names of the argument types ("*fp32"); arguments left out are int32.
         constants: its constants, beside those of ``chosen``.
         chosen: tile sizes and launch options.
         target: compute capability, 90 for 9.0.
+        aligned: whether all addresses and sizes are multiples of 16, as Triton finds out at a launch.
 
     Raises:
         BackendError: under TRITON_INTERPRET=1, which replaces the compiler.

@@ -1,16 +1,16 @@
 """Which tile sizes a kernel runs with: candidates pruned by shape, and the measured best of them.
 
 The order in which a kernel adds depends on its tile sizes, so they are never chosen by timing at run time: two servers
-would get different bits. Each operation lists its candidates, best guess first; ``tuned.json`` beside this file, written
-by ``python -m flexlora_fast.kernels.tune`` on a GPU and committed, names the one that was fastest. No choice depends on
-how many layers there are or what their ranks are: a layer comes out the same alone and among others.
+would get different bits. Each operation lists its candidates, best guess first; ``tuned.json`` beside this file,
+written by ``python -m flexlora_fast.kernels.tune`` on a GPU and committed, names the one that was fastest. No choice
+depends on how many layers there are or what their ranks are: a layer comes out the same alone and among others.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +20,10 @@ import torch
 from flexlora_fast.errors import OptionError
 
 Precision = Literal["float32", "bf16x3", "tf32x3", "tf32", "bf16"]
+
+# Registers of a multiprocessor, and the most that one thread can have.
+REGISTERS = 65536
+MOST_REGISTERS = 255
 
 TUNED = Path(__file__).with_name("tuned.json")
 
@@ -32,7 +36,7 @@ class Configuration:
         blocks: the kernel's own constants (BLOCK_C, PART, …), as pairs of name and value.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline of its loads.
-        resident: programs of the persistent grid on each multiprocessor.
+        resident: programs of the persistent grid on each multiprocessor; they share its registers.
     """
 
     blocks: tuple[tuple[str, int], ...]
@@ -50,8 +54,25 @@ class Configuration:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Triton's launch options; fused multiply-add by name, because Triton's default for it is about to change."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        """Triton's launch options.
+
+        Fused multiply-add by name, because Triton's default for it is about to change. A limit of registers, because
+        ``resident`` programs must fit; and because ptxas, left to itself, spills a few bytes to fit one more.
+        """
+        registers = REGISTERS // (32 * self.num_warps * self.resident) // 8 * 8
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": min(registers, MOST_REGISTERS),
+            "enable_fp_fusion": True,
+        }
+
+    def for_alignment(self, aligned: bool) -> Configuration:
+        """This, or with twice the registers for sizes or addresses that are not multiples of 16.
+
+        Loads of single elements need a pointer each. Sums keep their order.
+        """
+        return self if aligned else replace(self, resident=max(1, self.resident // 2))
 
 
 def configuration(num_warps: int, num_stages: int, resident: int, **blocks: int) -> Configuration:
@@ -81,8 +102,7 @@ def tuned() -> dict[str, Configuration]:
         return {}
     table = json.loads(TUNED.read_text())
     return {
-        name: Configuration(tuple(choice["blocks"].items()), *(choice[k] for k in ("num_warps", "num_stages", "resident")))
-        for name, choice in table.items()
+        name: configuration(c["num_warps"], c["num_stages"], c["resident"], **c["blocks"]) for name, c in table.items()
     }
 
 
@@ -105,7 +125,7 @@ def best(
     if device.type != "cuda":
         return candidates[0]
     measured = tuned().get(entry(op, device, dtype, precision, width))
-    return measured if measured in candidates else candidates[0]
+    return candidates[0] if measured is None or measured not in candidates else measured
 
 
 def check_precision(op: str, precision: str, **factors: torch.dtype) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flexlora_fast.kernels._triton import launch, require_runnable, tl, triton
 from flexlora_fast.kernels.configuration import Configuration, Precision, best, check_precision, configuration, padded
-from flexlora_fast.kernels.operand import checked_operand, element
+from flexlora_fast.kernels.operand import checked_operand, element, require_int32
 from flexlora_fast.kernels.parts import scratch, split, sum_parts
 from flexlora_fast.kernels.table import Side, Table
 from flexlora_fast.kernels.tiles import column_pointers, layer_columns, load_factor, multiply
@@ -38,7 +38,7 @@ def contract_kernel(
     layers,
     length,
     W,
-    l,
+    width,
     tiles,
     ELEMENT: tl.constexpr,
     INDEX: tl.constexpr,
@@ -52,7 +52,7 @@ def contract_kernel(
     BLOCK_K: tl.constexpr,
     PART: tl.constexpr,
 ):
-    tiles_l, tiles_c, parts = tl.cdiv(l, BLOCK_L), tl.cdiv(W, BLOCK_C), tl.cdiv(length, PART)
+    tiles_l, tiles_c, parts = tl.cdiv(width, BLOCK_L), tl.cdiv(W, BLOCK_C), tl.cdiv(length, PART)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         columns_X = (tile % tiles_l) * BLOCK_L + tl.arange(0, BLOCK_L)
         rest = tile // tiles_l
@@ -63,10 +63,8 @@ def contract_kernel(
         c = (rest % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
         layer = (rest // tiles_c).to(tl.int64)
         first, R = layer_columns(offset_ptr, layer, RUN)
-        pointers, strides = column_pointers(
-            address_ptr, stride_ptr, first + c, c < R, ELEMENT, INDEX, RUN, BYTES
-        )
-        X_layer = X_ptr + layer * length * l
+        pointers, strides = column_pointers(address_ptr, stride_ptr, first + c, c < R, ELEMENT, INDEX, RUN, BYTES)
+        X_layer = X_ptr + layer * length * width
         # Tiles beyond this layer's columns are zero without a look at X.
         high = tl.where((rest % tiles_c) * BLOCK_C < R, high, low)
         total = tl.zeros((BLOCK_C, BLOCK_L), dtype=tl.float32)
@@ -77,38 +75,40 @@ def contract_kernel(
                 inside = (c[:, None] < R) & (i[None, :] < length)
                 F = load_factor(pointers[:, None], strides[:, None], i[None, :], inside, INDEX, UNIT)
                 X = tl.load(
-                    X_layer + (i[:, None] * l + columns_X[None, :]),
-                    mask=(i[:, None] < length) & (columns_X[None, :] < l),
+                    X_layer + (i[:, None] * width + columns_X[None, :]),
+                    mask=(i[:, None] < length) & (columns_X[None, :] < width),
                     other=0.0,
                 )
                 in_part = multiply(F, X, in_part, PRECISION, False)
             total += in_part
         if SPLIT:
-            Z_layer = Z_ptr + (low.to(tl.int64) * layers + layer) * W * l
+            Z_layer = Z_ptr + (tl.cast(low, tl.int64) * layers + layer) * W * width
         else:
-            Z_layer = Z_ptr + layer * W * l
+            Z_layer = Z_ptr + layer * W * width
             total *= tl.load(d_ptr + first + c, mask=c < R, other=0.0)[:, None]
         tl.store(
-            Z_layer + (c[:, None] * l + columns_X[None, :]),
+            Z_layer + (c[:, None] * width + columns_X[None, :]),
             total.to(Z_ptr.dtype.element_ty),
-            mask=(c[:, None] < W) & (columns_X[None, :] < l),
+            mask=(c[:, None] < W) & (columns_X[None, :] < width),
         )
 
 
-def configurations(precision: Precision, length: int, l: int) -> list[Configuration]:
+def configurations(precision: Precision, length: int, width: int) -> list[Configuration]:
     """Candidates for sums over ``length`` rows and ``l`` columns of X; the first is the best guess."""
-    L = padded(l)
+    L = padded(width)
     if precision == "float32":
         # Sums on CUDA cores hold whole operand tiles in registers: deeper tiles spill.
-        shapes = [(64, min(L, 64), 16, 4, 3), (32, min(L, 64), 16, 4, 3), (64, min(L, 64), 16, 8, 3)]
+        shapes = [(64, L, 16, 4, 3, 4)] if L <= 32 else [(64, 64, 16, 8, 3, 2), (32, 64, 16, 4, 3, 4)]
     elif precision in {"tf32", "tf32x3"}:
-        shapes = [(64, min(L, 64), 32, 4, 3), (64, L, 32, 8, 3), (128, min(L, 64), 32, 8, 3)]
+        shapes = [(64, min(L, 64), 32, 8, 4, 1), (64, min(L, 64), 16, 4, 3, 2), (128, min(L, 64), 32, 8, 3, 1)]
+    elif precision == "bf16x3":
+        shapes = [(64, min(L, 64), 32, 4, 3, 3), (128, min(L, 64), 32, 8, 3, 1), (64, L, 32, 8, 3, 1)]
     else:
-        shapes = [(64, L, 64, 4, 3), (128, L, 64, 8, 3), (64, L, 128, 4, 2), (64, L, 32, 4, 4)]
+        shapes = [(64, min(L, 64), 64, 4, 3, 3), (64, L, 64, 8, 3, 1), (128, min(L, 64), 64, 8, 3, 1)]
     return [
-        configuration(warps, stages, 16 // warps, BLOCK_C=c, BLOCK_L=w, BLOCK_K=min(k, padded(length)), PART=part)
+        configuration(*launch, BLOCK_C=c, BLOCK_L=w, BLOCK_K=min(k, padded(length)), PART=part)
         for part in (1024, 4096)
-        for c, w, k, warps, stages in shapes
+        for c, w, k, *launch in dict.fromkeys(shapes)
     ]
 
 
@@ -140,28 +140,30 @@ def contract(
     """
     F = table.side(side)
     check_precision("contract", precision, **{F.name: F.dtype})
-    require_runnable("contract", table.device, contract_kernel)
     X = checked_operand("contract", "X", X, table, F.length, precision)
-    l = X.shape[2]
+    width = X.shape[2]
+    require_int32("contract", "the result", table.W * width)
+    require_runnable("contract", table.device, contract_kernel)
     if out is None:
-        out = torch.empty(table.layers, table.W, l, dtype=element(precision), device=table.device)
+        out = torch.empty(table.layers, table.W, width, dtype=element(precision), device=table.device)
     if out.numel() == 0 or F.length == 0:
         return out.zero_()
-    c = chosen or best("contract " + F.name, configurations(precision, F.length, l), table.device, F.dtype, precision, padded(l))
-    _contract(table, F, X, out, precision, c)
+    candidates = configurations(precision, F.length, width)
+    c = chosen or best("contract " + F.name, candidates, table.device, F.dtype, precision, padded(width))
+    _contract(table, F, X, out, precision, c.for_alignment(F.aligned and width % 16 == 0))
     return out
 
 
 def _contract(table: Table, F: Side, X: Tensor, out: Tensor, precision: Precision, c: Configuration) -> None:
     """Launch the kernel, in parts where there are too few tiles."""
-    l = X.shape[2]
+    width = X.shape[2]
     parts = triton.cdiv(F.length, c["PART"])
-    tiles = table.layers * triton.cdiv(table.W, c["BLOCK_C"]) * triton.cdiv(l, c["BLOCK_L"])
+    tiles = table.layers * triton.cdiv(table.W, c["BLOCK_C"]) * triton.cdiv(width, c["BLOCK_L"])
     in_parts = split(tiles, parts, c, table.device)
     target = scratch(parts, out) if in_parts else out
     launch(
         contract_kernel, tiles * parts if in_parts else tiles, c, table.device,
-        table.offsets, F.address, F.stride, table.d, X, target, table.layers, F.length, table.W, l,
+        table.offsets, F.address, F.stride, table.d, X, target, table.layers, F.length, table.W, width,
         **F.constants, PRECISION=precision, SPLIT=in_parts,
     )  # fmt: skip
     if in_parts:

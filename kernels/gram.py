@@ -6,8 +6,8 @@ A tile is BLOCK_C × BLOCK_C entries on or above the diagonal, written twice: as
 symmetric to the bit. The addresses of both runs of columns are loaded once; the sum over rows is cut into parts of PART
 rows as in ``contract.py``.
 
-Reference: ‖ΔW‖_F² = ⟨PᵀP ∘ dd', QQᵀ⟩ and the spectrum of ΔW from the two Grams: Halko, Martinsson and Tropp, SIAM Review
-53 (2011), section 5.1, with the factors in the place of the orthonormal bases.
+Reference: ‖ΔW‖_F² = ⟨PᵀP ∘ dd', QQᵀ⟩ and the spectrum of ΔW from the two Grams: Halko, Martinsson and Tropp, SIAM
+Review 53 (2011), section 5.1, with the factors in the place of the orthonormal bases.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flexlora_fast.kernels._triton import launch, require_runnable, tl, triton
 from flexlora_fast.kernels.configuration import Configuration, Precision, best, check_precision, configuration, padded
+from flexlora_fast.kernels.operand import require_int32
 from flexlora_fast.kernels.parts import scratch, split, sum_parts
 from flexlora_fast.kernels.table import Side, Table
 from flexlora_fast.kernels.tiles import column_pointers, layer_columns, load_factor, multiply
@@ -96,7 +97,7 @@ def gram_kernel(
             total += in_part
         G_layer = G_ptr + layer * W * W
         if SPLIT:
-            G_layer += low.to(tl.int64) * layers * W * W
+            G_layer += tl.cast(low, tl.int64) * layers * W * W
         # On the diagonal, products of rounded operands need not be symmetric: only one triangle of the tile is kept.
         upper = (a[:, None] <= b[None, :]) & (b[None, :] < W) & (row >= 0)
         tl.store(G_layer + (a[:, None] * W + b[None, :]), total, mask=upper)
@@ -108,15 +109,15 @@ def configurations(precision: Precision, length: int) -> list[Configuration]:
     """Candidates for sums over ``length`` rows; the first is the best guess."""
     if precision == "float32":
         # Sums on CUDA cores hold whole operand tiles in registers: deeper tiles spill.
-        shapes = [(64, 16, 4, 3), (32, 16, 4, 3), (64, 16, 8, 3)]
+        shapes = [(64, 16, 8, 3, 2), (32, 16, 4, 3, 4)]
     elif precision in {"tf32", "tf32x3"}:
-        shapes = [(64, 32, 8, 3), (64, 16, 4, 3), (128, 32, 8, 3)]
+        shapes = [(64, 32, 8, 3, 1), (64, 16, 4, 3, 2), (128, 32, 8, 3, 1)]
     else:
-        shapes = [(64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 3), (64, 32, 4, 4)]
+        shapes = [(64, 64, 4, 3, 3), (128, 32, 8, 3, 1), (128, 64, 8, 3, 1)]
     return [
-        configuration(warps, stages, 16 // warps, BLOCK_C=c, BLOCK_K=min(k, padded(length)), PART=part)
+        configuration(*launch, BLOCK_C=c, BLOCK_K=min(k, padded(length)), PART=part)
         for part in (1024, 4096)
-        for c, k, warps, stages in shapes
+        for c, k, *launch in shapes
     ]
 
 
@@ -140,6 +141,7 @@ def gram(
     """
     check_precision("gram", precision, P=table.P.dtype, Q=table.Q.dtype)
     require_runnable("gram", table.device, gram_kernel)
+    require_int32("gram", "G", table.W * table.W)
     exact: Precision = "bf16" if precision == "bf16x3" else precision
     return _gram(table, table.P, exact, chosen), _gram(table, table.Q, exact, chosen)
 
@@ -150,6 +152,7 @@ def _gram(table: Table, F: Side, precision: Precision, chosen: Configuration | N
     if out.numel() == 0 or F.length == 0:
         return out.zero_()
     c = chosen or best("gram " + F.name, configurations(precision, F.length), table.device, F.dtype, precision)
+    c = c.for_alignment(F.aligned)
     parts, tiles_c = triton.cdiv(F.length, c["PART"]), triton.cdiv(table.W, c["BLOCK_C"])
     tiles = table.layers * triton.cdiv(tiles_c, 2) * (tiles_c + 1)
     in_parts = split(tiles, parts, c, table.device)

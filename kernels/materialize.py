@@ -3,8 +3,8 @@
     ΔW[i, j] = Σ_c P[i, c] · d[c] · Q[c, j]        P (m, R), d (R,), Q (R, n), ΔW (m, n)
 
 A tile of ΔW walks along the layer's R columns in order, BLOCK_C addresses at a time. Entries of P are raised to float32
-and multiplied by d there, and the sum is float32. Tiles are taken in columns of GROUP rows, so that the programs at work
-at one time share few rows of P and columns of Q, which stay in L2.
+and multiplied by d there, and the sum is float32. Tiles are taken in columns of GROUP rows, so that the programs at
+work at one time share few rows of P and columns of Q, which stay in L2.
 
 Reference: FlexLoRA, arXiv 2402.11505, equation 3 (the weighted sum of the clients' B_i·A_i, stacked).
 """
@@ -14,9 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexlora_fast.errors import OptionError
 from flexlora_fast.kernels._triton import launch, require_runnable, tl, triton
-from flexlora_fast.kernels.configuration import Configuration, Precision, best, check_precision, configuration, padded
+from flexlora_fast.kernels.configuration import Configuration, Precision, best, check_precision, configuration
 from flexlora_fast.kernels.table import Table
 from flexlora_fast.kernels.tiles import column_pointers, layer_columns, load_factor, multiply
 
@@ -100,15 +99,12 @@ def configurations(precision: Precision) -> list[Configuration]:
     """Candidates; the first is the best guess."""
     if precision == "float32":
         # Sums on CUDA cores hold whole operand tiles in registers: deeper tiles spill.
-        shapes = [(64, 64, 16, 4, 3), (64, 64, 16, 8, 3), (128, 64, 16, 8, 3)]
+        shapes = [(64, 64, 16, 8, 3, 2), (64, 64, 16, 4, 3, 3), (128, 64, 16, 8, 3, 1)]
     elif precision in {"tf32", "tf32x3"}:
-        shapes = [(64, 64, 32, 8, 3), (64, 64, 16, 4, 3), (128, 64, 32, 8, 3)]
+        shapes = [(64, 64, 32, 8, 3, 1), (64, 64, 16, 4, 3, 2), (128, 64, 32, 8, 3, 1)]
     else:
-        shapes = [(64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3)]
-    return [
-        configuration(warps, stages, 16 // warps, BLOCK_M=i, BLOCK_N=j, BLOCK_C=c)
-        for i, j, c, warps, stages in shapes
-    ]
+        shapes = [(64, 64, 32, 4, 3, 3), (64, 128, 32, 8, 3, 1), (128, 128, 32, 8, 3, 1)]
+    return [configuration(*launch, BLOCK_M=i, BLOCK_N=j, BLOCK_C=c) for i, j, c, *launch in shapes]
 
 
 def materialize(
@@ -136,20 +132,21 @@ def materialize(
         BackendError: where the kernel cannot run: CPU tensors outside Triton's interpreter.
     """
     check_precision("materialize", precision, Q=table.Q.dtype)
-    require_runnable("materialize", table.device, materialize_kernel)
     shape = (table.layers, table.m, table.n)
     add = out is not None
     if out is None:
         out = torch.empty(shape, device=table.device)
     elif out.shape != shape or out.dtype != torch.float32 or out.device != table.device or not out.is_contiguous():
         layout = "contiguous" if out.is_contiguous() else f"with strides {out.stride()}"
-        raise OptionError(
+        raise ValueError(
             f"materialize: out is {tuple(out.shape)}, {out.dtype}, on {out.device}, {layout}: "
             f"expected {shape}, torch.float32, on {table.device}, contiguous"
         )
+    require_runnable("materialize", table.device, materialize_kernel)
     if out.numel() == 0 or table.W == 0:
         return out if add else out.zero_()
     c = chosen or best("materialize", configurations(precision), table.device, table.Q.dtype, precision)
+    c = c.for_alignment(table.P.aligned and table.Q.aligned)
     tiles = table.layers * triton.cdiv(table.m, c["BLOCK_M"]) * triton.cdiv(table.n, c["BLOCK_N"])
     P, Q = table.P, table.Q
     sides = {f"{side.name}_{name}": value for side in (P, Q) for name, value in side.constants.items()}

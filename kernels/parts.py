@@ -45,7 +45,7 @@ def sum_parts_kernel(
         offsets = (layer.to(tl.int64) * rows + i[:, None]) * columns + j[None, :]
         total = tl.zeros((BLOCK_I, BLOCK_J), dtype=tl.float32)
         for part in range(parts):
-            step = part.to(tl.int64) * layers * rows * columns
+            step = tl.cast(part, tl.int64) * layers * rows * columns
             total += tl.load(parts_ptr + step + offsets, mask=inside, other=0.0)
         if SCALED:
             first, R = layer_columns(offset_ptr, layer, 1)

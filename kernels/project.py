@@ -75,14 +75,14 @@ def project_t(table: Table, Y: Tensor, *, precision: Precision = "float32") -> T
 def _through(op: str, name: str, table: Table, X: Tensor, inner: Side, outer: Side, precision: Precision) -> Tensor:
     """outer · (d ∘ (innerᵀ · X)), by groups of layers."""
     check_precision(op, precision, P=table.P.dtype, Q=table.Q.dtype)
-    require_runnable(op, table.device, contract_kernel)
     X = checked_operand(op, name, X, table, inner.length, precision)
-    l = X.shape[2]
-    out = torch.empty(table.layers, outer.length, l, device=table.device)
+    require_runnable(op, table.device, contract_kernel)
+    width = X.shape[2]
+    out = torch.empty(table.layers, outer.length, width, device=table.device)
     if table.W == 0:
         return out.zero_()
-    size = max(1, l2_budget(table.device) // max(1, table.W * l * element(precision).itemsize))
-    buffer = torch.empty(min(size, table.layers), table.W, l, dtype=element(precision), device=table.device)
+    size = max(1, l2_budget(table.device) // max(1, table.W * width * element(precision).itemsize))
+    buffer = torch.empty(min(size, table.layers), table.W, width, dtype=element(precision), device=table.device)
     for layers, group in table.groups(size):
         Z = contract(group, X[layers], side=inner.name, precision=precision, out=buffer[: group.layers])
         combine(group, Z, side=outer.name, precision=precision, out=out[layers])

@@ -47,6 +47,12 @@ class Side:
     wide: bool
 
     @property
+    def aligned(self) -> bool:
+        """Whether this side is read in the widest loads everywhere."""
+        width = self.bytes if self.name == "Q" else self.run * self.dtype.itemsize
+        return width == WIDEST_LOAD and self.length % 16 == 0
+
+    @property
     def constants(self) -> dict[str, Any]:
         """The kernel constants that describe how this side is read (see ``tiles.py``)."""
         return {
@@ -145,12 +151,12 @@ class _Columns:
         within = np.arange(r.sum()) - np.repeat(np.cumsum(r) - r, r)
         widest = WIDEST_LOAD // dtype.itemsize
         # Neighbours only where the next column is the next element.
-        multiples = [first // dtype.itemsize, stride, r, np.where(step == 1, widest, 1), [widest]]
+        runs = np.where(step == 1, widest, 1)
         return cls(
             dtype=dtype,
             address=np.repeat(first, r) + within * np.repeat(step, r) * dtype.itemsize,
             stride=np.repeat(stride, r),
-            run=int(np.gcd.reduce(np.concatenate(multiples))),
+            run=int(np.gcd.reduce(np.concatenate([first // dtype.itemsize, stride, r, runs, [widest]]))),
         )
 
     def side(self, name: Literal["P", "Q"], length: int, address: Tensor, stride: Tensor) -> Side:

@@ -46,33 +46,44 @@ def load_factor(pointers, strides, rows, inside, INDEX: tl.constexpr, UNIT: tl.c
 
 @triton.jit
 def rounded_to_tf32(x):
-    """float32 rounded to TF32's 10 bits, to nearest: the tensor cores would cut them off, which is biased."""
-    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-    # The sum would carry a NaN of all ones into the sign: it would come out as −0.
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    """x in TF32's 10 bits, rounded to nearest: the tensor cores would cut the others off, which is biased."""
+    if x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        # The sum would carry a NaN of all ones into the sign: it would come out as −0.
+        x = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, x, rounded)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def three_bfloat16(x):
+    """Three bfloat16 numbers whose sum is the float32 x, largest first."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
 def multiply(a, b, total, PRECISION: tl.constexpr, SPLIT_A: tl.constexpr):
     """total + a·b in float32.
 
-    "bf16x3": one operand (a where SPLIT_A, else b) becomes the sum of three bfloat16 numbers, which holds all 24 bits of
-    a float32; the other is bfloat16 already. All products are exact, the smallest are added first.
+    "bf16x3": one operand (a where SPLIT_A, else b) becomes the sum of three bfloat16 numbers, which holds all 24 bits
+    of a float32; the other is bfloat16 already. All products are exact, the smallest are added first.
     """
     if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
-    if PRECISION == "bf16x3":
-        whole = (a if SPLIT_A else b).to(tl.float32)
-        high = whole.to(tl.bfloat16)
-        rest = whole - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        if SPLIT_A:
-            return tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, total)))
-        return tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low, total)))
-    # Raised as loaded: exact, and Triton's interpreter gets bfloat16 arithmetic silently wrong
-    # (https://github.com/triton-lang/triton/issues/10945).
-    a, b = a.to(tl.float32), b.to(tl.float32)
-    if PRECISION == "tf32":
-        return tl.dot(rounded_to_tf32(a), rounded_to_tf32(b), total, input_precision="tf32")
-    return tl.dot(a, b, total, input_precision="tf32x3" if PRECISION == "tf32x3" else "ieee")
+        total = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
+    elif PRECISION == "bf16x3" and SPLIT_A:
+        high, middle, low = three_bfloat16(a)
+        total = tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, total)))
+    elif PRECISION == "bf16x3":
+        high, middle, low = three_bfloat16(b)
+        total = tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low, total)))
+    elif PRECISION == "tf32":
+        total = tl.dot(rounded_to_tf32(a), rounded_to_tf32(b), total, input_precision="tf32")
+    else:
+        # Raised as loaded: exact, and Triton's interpreter gets bfloat16 arithmetic silently wrong
+        # (https://github.com/triton-lang/triton/issues/10945).
+        exact: tl.constexpr = "tf32x3" if PRECISION == "tf32x3" else "ieee"
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=exact)
+    return total
