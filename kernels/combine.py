@@ -98,6 +98,8 @@ def configurations(precision: Precision, length: int, width: int) -> list[Config
         shapes = [(64, L, 16, 4, 3, 4)] if L <= 32 else [(64, 64, 16, 8, 3, 2), (32, 64, 16, 4, 3, 4)]
     elif precision in {"tf32", "tf32x3"}:
         shapes = [(64, min(L, 64), 16, 4, 3, 2), (64, min(L, 64), 32, 8, 4, 1), (128, min(L, 64), 32, 8, 3, 1)]
+    elif precision == "bf16x3":
+        shapes = [(64, min(L, 64), 32, 4, 3, 2), (64, min(L, 64), 32, 8, 3, 1), (128, L, 32, 8, 3, 1)]
     else:
         shapes = [(64, min(L, 64), 32, 4, 3, 3), (64, min(L, 64), 32, 8, 3, 2), (128, L, 32, 8, 3, 1)]
     return [

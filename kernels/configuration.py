@@ -97,9 +97,7 @@ def entry(op: str, device: torch.device, dtype: torch.dtype, precision: Precisio
 
 @cache
 def tuned() -> dict[str, Configuration]:
-    """What tuned.json holds; empty where nothing was measured yet."""
-    if not TUNED.exists():
-        return {}
+    """What tuned.json holds."""
     table = json.loads(TUNED.read_text())
     return {
         name: configuration(c["num_warps"], c["num_stages"], c["resident"], **c["blocks"]) for name, c in table.items()

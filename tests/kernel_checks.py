@@ -2,8 +2,8 @@
 
     python -m tests.kernel_checks cpu|cuda CHECK...
 
-Each check compares with float64, and with the torch twin in ``backends/reference.py``. They run in a process of their own
-because Triton reads TRITON_INTERPRET when the kernels are imported.
+Each check compares with float64, and with the torch twin in ``backends/reference.py``. They run in a process of their
+own because Triton reads TRITON_INTERPRET when the kernels are imported.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from flexlora_fast.kernels.project import project, project_t
 from flexlora_fast.kernels.table import Table
 from flexlora_fast.stack import Block, Stack
 
-# (m, n), then for each stack the ranks of its clients and its number of experts: rank 1, layers that no client has, ranks
-# that are multiples of 8 (wide loads) and of nothing, several tiles with remainders both ways.
+# (m, n), then for each stack the ranks of its clients and its number of experts: rank 1, layers that no client has,
+# ranks that are multiples of 8 (wide loads) and of nothing, several tiles with remainders both ways.
 TABLES: list[tuple[int, int, list[tuple[list[int], int]]]] = [
     (64, 64, [([16, 16, 8], 1), ([8, 8], 1)]),
     (5, 123, [([1], 1), ([], 1), ([1, 4], 1)]),
@@ -73,10 +73,15 @@ class Data:
         return [self.stack(m, n, ranks, batch, dtype) for ranks, batch in layers]
 
 
+def on_host(stack: Stack) -> Stack:
+    """A copy in the CPU's memory, where truth is computed."""
+    return Stack([Block(b.B.cpu(), b.A.cpu(), b.d) for b in stack.blocks], stack.m, stack.n, stack.batch)
+
+
 def exact(stacks: list[Stack]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """P (m, R), d (R,), Q (R, n) of every layer in float64."""
     return [
-        (stack.packed_P(torch.float64)[e], stack.d.to(stack.device), stack.packed_Q(torch.float64)[e])
+        (stack.packed_P(torch.float64)[e], stack.d, stack.packed_Q(torch.float64)[e])
         for stack in stacks
         for e in range(stack.batch)
     ]
@@ -87,7 +92,7 @@ def twins(op: Callable[..., Tensor], stacks: list[Stack], X: Tensor | None = Non
     results, low = [], 0
     for stack in stacks:
         part = () if X is None else (X[low : low + stack.batch],)
-        results.append(op(stack, *part).to("cpu" if X is None else X.device))
+        results.append(op(stack, *part))
         low += stack.batch
     return torch.cat(results)
 
@@ -95,8 +100,7 @@ def twins(op: Callable[..., Tensor], stacks: list[Stack], X: Tensor | None = Non
 def close(result: Tensor, twin: Tensor, truth: Tensor, what: Any) -> None:
     """The error is at most twice the float32 twin's, both against float64."""
     assert result.shape == truth.shape and result.dtype == torch.float32, (what, result.shape, result.dtype)
-    truth = truth.to(result.device)
-    error, allowed = (result - truth).norm(), (twin.to(result.device) - truth).norm()
+    error, allowed = (result.cpu() - truth).norm(), (twin - truth).norm()
     assert error <= 2 * allowed + 1e-7 * truth.norm(), (what, float(error), float(allowed), float(truth.norm()))
 
 
@@ -106,7 +110,7 @@ def cases(data: Data) -> Iterator[tuple[list[Stack], Table, Any]]:
         for dtype in FLOATS if shape in TABLES[:2] else FLOATS[:1]:
             stacks = data.stacks(shape, dtype)
             before = [(b.B.clone(), b.A.clone(), b.d.clone()) for s in stacks for b in s.blocks]
-            yield stacks, Table(stacks, data.device), (shape, dtype)
+            yield [on_host(stack) for stack in stacks], Table(stacks, data.device), (shape, dtype)
             after = [(b.B, b.A, b.d) for s in stacks for b in s.blocks]
             assert all(map(torch.equal, sum(before, ()), sum(after, ()))), f"{shape}: factors were modified"
 
@@ -115,21 +119,20 @@ def check_products(data: Data) -> None:
     for stacks, table, what in cases(data):
         for width in WIDTHS:
             X, Y = data.randn(table.layers, table.n, width), data.randn(table.layers, table.m, width)
-            copies = X.clone(), Y.clone()
-            layers = exact(stacks)
-            truth = torch.stack([P @ (d[:, None] * (Q @ x.double())) for (P, d, Q), x in zip(layers, X, strict=True)])
-            close(project(table, X), twins(reference.project, stacks, X), truth, ("project", width, what))
-            truth = torch.stack([Q.mT @ (d[:, None] * (P.mT @ y.double())) for (P, d, Q), y in zip(layers, Y, strict=True)])
-            close(project_t(table, Y), twins(reference.project_t, stacks, Y), truth, ("project_t", width, what))
-            assert torch.equal(X, copies[0]) and torch.equal(Y, copies[1]), "operands were modified"
+            x, y, layers = X.cpu(), Y.cpu(), exact(stacks)
+            truth = torch.stack([(P * d) @ (Q @ x.double()) for (P, d, Q), x in zip(layers, x, strict=True)])
+            close(project(table, X), twins(reference.project, stacks, x), truth, ("project", width, what))
+            truth = torch.stack([(Q.mT * d) @ (P.mT @ y.double()) for (P, d, Q), y in zip(layers, y, strict=True)])
+            close(project_t(table, Y), twins(reference.project_t, stacks, y), truth, ("project_t", width, what))
+            assert torch.equal(X.cpu(), x) and torch.equal(Y.cpu(), y), "operands were modified"
 
 
 def check_halves(data: Data) -> None:
     for stacks, table, what in cases(data):
         X, Z = data.randn(table.layers, table.n, 17), data.randn(table.layers, table.W, 17)
-        inner, outer = contract(table, X), combine(table, Z)
+        inner, outer = contract(table, X).cpu(), combine(table, Z).cpu()
         assert inner.shape == Z.shape, what
-        for (P, d, Q), x, z, c, y in zip(exact(stacks), X, Z, inner, outer, strict=True):
+        for (P, d, Q), x, z, c, y in zip(exact(stacks), X.cpu(), Z.cpu(), inner, outer, strict=True):
             R = d.numel()
             assert not c[R:].any(), f"{what}: not zero beyond R = {R}"
             close(c[:R], d.float()[:, None] * (Q.float() @ x), d[:, None] * (Q @ x.double()), ("contract", what))
@@ -138,7 +141,7 @@ def check_halves(data: Data) -> None:
 
 def check_grams(data: Data) -> None:
     for stacks, table, what in cases(data):
-        left, right = gram(table)
+        left, right = (G.cpu() for G in gram(table))
         assert left.shape == right.shape == (table.layers, table.W, table.W), what
         for (P, d, Q), p, q in zip(exact(stacks), left, right, strict=True):
             R = d.numel()
@@ -165,13 +168,14 @@ def check_packing(data: Data) -> None:
         for dtype in FLOATS if data.device != "cpu" else FLOATS[:2]:
             for scale in (False, True):
                 P, Q = pack(table, dtype, scale=scale)
+                P, Q = P.cpu(), Q.cpu()
                 assert P.is_contiguous() and Q.is_contiguous() and P.dtype == Q.dtype == dtype, what
                 low = 0
                 for stack in stacks:
                     part, R = slice(low, low + stack.batch), stack.R
-                    wanted = stack.Q * stack.d.float().to(stack.Q.device)[:, None] if scale else stack.Q
-                    assert torch.equal(P[part, :, :R].cpu(), stack.P.to(dtype).cpu()), ("P", what, dtype)
-                    assert torch.equal(Q[part, :R].cpu(), wanted.to(dtype).cpu()), ("Q", what, dtype, scale)
+                    wanted = stack.Q * stack.d.float()[:, None] if scale else stack.Q
+                    assert torch.equal(P[part, :, :R], stack.P.to(dtype)), ("P", what, dtype)
+                    assert torch.equal(Q[part, :R], wanted.to(dtype)), ("Q", what, dtype, scale)
                     assert not P[part, :, R:].any() and not Q[part, R:].any(), ("padding", what)
                     low += stack.batch
 
@@ -188,12 +192,13 @@ def check_layouts(data: Data) -> None:
         Block(data.randn(1, m, r), data.randn(1, r, n, dtype=torch.bfloat16), data.randn(r).double().cpu()),
     ]
     for chosen in (blocks, blocks[:3]):
-        stacks = [Stack(chosen, m, n)]
-        table = Table(stacks)
+        table = Table([Stack(chosen, m, n)])
+        stacks = [on_host(Stack(chosen, m, n))]
         X = data.randn(1, 23, n).mT
+        x = X.cpu()
         P, d, Q = exact(stacks)[0]
-        truth = (P @ (d[:, None] * (Q @ X[0].double())))[None]
-        close(project(table, X), twins(reference.project, stacks, X), truth, "project")
+        truth = ((P * d) @ (Q @ x[0].double()))[None]
+        close(project(table, X), twins(reference.project, stacks, x), truth, "project")
         close(materialize(table), twins(reference.materialize, stacks), ((P * d) @ Q)[None], "materialize")
         close(gram(table)[1], (stacks[0].Q @ stacks[0].Q.mT), (Q @ Q.mT)[None], "gram")
 
@@ -209,7 +214,8 @@ def check_precisions(data: Data) -> None:
         stacks = data.stacks((65, 130, [([3, 8, 1], 1), ([33], 3)]), dtype)
         table = Table(stacks)
         X, Y = data.randn(4, 130, 17), data.randn(4, 65, 17)
-        layers = exact(stacks)
+        layers = exact([on_host(stack) for stack in stacks])
+        x, y = X.double().cpu(), Y.double().cpu()
         for precision, unit in rounding.items():
             if precision == "bf16x3" and dtype != torch.bfloat16:
                 continue
@@ -220,13 +226,13 @@ def check_precisions(data: Data) -> None:
                 R = d.numel()
                 W, size = (P * d) @ Q, (P.abs() * d.abs()) @ Q.abs()
                 for name, result, truth, magnitude in (
-                    ("project", results[0][e], W @ X[e].double(), size @ X[e].abs().double()),
-                    ("project_t", results[1][e], W.mT @ Y[e].double(), size.mT @ Y[e].abs().double()),
+                    ("project", results[0][e], W @ x[e], size @ x[e].abs()),
+                    ("project_t", results[1][e], W.mT @ y[e], size.mT @ y[e].abs()),
                     ("materialize", dense[e], W, size),
                     ("PᵀP", grams[0][e, :R, :R], P.mT @ P, P.abs().mT @ P.abs()),
                     ("QQᵀ", grams[1][e, :R, :R], Q @ Q.mT, Q.abs() @ Q.abs().mT),
                 ):
-                    error = float(((result - truth).abs() / magnitude).max())
+                    error = float(((result.cpu() - truth).abs() / magnitude).max())
                     assert error <= 4 * unit, (name, precision, dtype, error)
                     coarse = precision in {"tf32", "bf16"} and name in {"project", "project_t", "materialize"}
                     assert not coarse or error > unit / 1000, (name, precision, dtype, error, "nothing was rounded")
