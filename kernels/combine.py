@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.kernels._triton import launch, require_runnable, tl, triton
-from flexlora_fast.kernels.configuration import Configuration, Precision, best, check_precision, configuration, padded
+from flexlora_fast.kernels.configuration import (
+    FMA_ODD,
+    Configuration,
+    Precision,
+    best,
+    check_precision,
+    configuration,
+    padded,
+)
 from flexlora_fast.kernels.operand import checked_operand, require_int32
 from flexlora_fast.kernels.parts import scratch, split, sum_parts
 from flexlora_fast.kernels.table import Table
@@ -95,7 +103,7 @@ def configurations(precision: Precision, length: int, width: int) -> list[Config
     L = padded(width)
     if precision == "float32":
         # Sums on CUDA cores hold whole operand tiles in registers: deeper tiles spill.
-        shapes = [(64, L, 16, 4, 3, 4)] if L <= 32 else [(64, 64, 16, 8, 3, 2), (32, 64, 16, 4, 3, 4)]
+        shapes = [(64, L, 16, 4, 3, 4)] if L <= 32 else [(64, 64, 16, 8, 3, 2, FMA_ODD), (32, 64, 16, 4, 3, 4)]
     elif precision in {"tf32", "tf32x3"}:
         shapes = [(64, min(L, 64), 16, 4, 3, 2), (64, min(L, 64), 32, 8, 4, 1), (128, min(L, 64), 32, 8, 3, 1)]
     elif precision == "bf16x3":

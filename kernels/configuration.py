@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,6 +25,10 @@ Precision = Literal["float32", "bf16x3", "tf32x3", "tf32", "bf16"]
 REGISTERS = 65536
 MOST_REGISTERS = 255
 
+# What float32 products of 64 × 64 tiles run with where loads are of single elements. Found by compiling: with more
+# registers ptxas reorders until it spills some bytes, on one target or another.
+FMA_ODD = (16, 96)
+
 TUNED = Path(__file__).with_name("tuned.json")
 
 
@@ -37,12 +41,16 @@ class Configuration:
         num_warps: warps of a program.
         num_stages: depth of the software pipeline of its loads.
         resident: programs of the persistent grid on each multiprocessor; they share its registers.
+        registers: of a thread, where fewer are wanted than ``resident`` programs leave to it.
+        odd: num_warps and registers where loads are of single elements; otherwise there are twice the registers then.
     """
 
     blocks: tuple[tuple[str, int], ...]
-    num_warps: int = 4
-    num_stages: int = 3
-    resident: int = 2
+    num_warps: int
+    num_stages: int
+    resident: int
+    registers: int = MOST_REGISTERS
+    odd: tuple[int, int] | None = None
 
     def __getitem__(self, block: str) -> int:
         return dict(self.blocks)[block]
@@ -59,25 +67,38 @@ class Configuration:
         Fused multiply-add by name, because Triton's default for it is about to change. A limit of registers, because
         ``resident`` programs must fit; and because ptxas, left to itself, spills a few bytes to fit one more.
         """
-        registers = REGISTERS // (32 * self.num_warps * self.resident) // 8 * 8
+        left = REGISTERS // (32 * self.num_warps * self.resident) // 8 * 8
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            "maxnreg": min(registers, MOST_REGISTERS),
+            "maxnreg": min(left, self.registers, MOST_REGISTERS),
             "enable_fp_fusion": True,
         }
 
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What tells this candidate from others, as kept in tuned.json."""
+        launch = {"num_warps": self.num_warps, "num_stages": self.num_stages, "resident": self.resident}
+        return launch | {"blocks": self.constants}
+
     def for_alignment(self, aligned: bool) -> Configuration:
-        """This, or with twice the registers for sizes or addresses that are not multiples of 16.
+        """This, or what runs in its place where sizes or addresses are not multiples of 16 bytes.
 
-        Loads of single elements need a pointer each. Sums keep their order.
+        Loads are of single elements then, each with a pointer of its own. Sums keep their order.
         """
-        return self if aligned else replace(self, resident=max(1, self.resident // 2))
+        if aligned:
+            return self
+        resident = max(1, self.resident // 2)
+        if self.odd is None:
+            return replace(self, resident=resident)
+        return replace(self, resident=resident, num_warps=self.odd[0], registers=self.odd[1])
 
 
-def configuration(num_warps: int, num_stages: int, resident: int, **blocks: int) -> Configuration:
+def configuration(
+    num_warps: int, num_stages: int, resident: int, odd: tuple[int, int] | None = None, **blocks: int
+) -> Configuration:
     """A Configuration from keyword block sizes."""
-    return Configuration(tuple(blocks.items()), num_warps, num_stages, resident)
+    return Configuration(tuple(blocks.items()), num_warps, num_stages, resident, odd=odd)
 
 
 def padded(size: int, least: int = 16, most: int = 128) -> int:
@@ -96,17 +117,15 @@ def entry(op: str, device: torch.device, dtype: torch.dtype, precision: Precisio
 
 
 @cache
-def tuned() -> dict[str, Configuration]:
-    """What tuned.json holds."""
-    table = json.loads(TUNED.read_text())
-    return {
-        name: configuration(c["num_warps"], c["num_stages"], c["resident"], **c["blocks"]) for name, c in table.items()
-    }
+def tuned() -> dict[str, dict[str, Any]]:
+    """What tuned.json holds: the choice of each entry."""
+    table: dict[str, dict[str, Any]] = json.loads(TUNED.read_text())
+    return table
 
 
 def record(choices: dict[str, Configuration]) -> None:
     """Add measured choices to tuned.json."""
-    table = {name: asdict(c) | {"blocks": c.constants} for name, c in (tuned() | choices).items()}
+    table = tuned() | {name: chosen.choice for name, chosen in choices.items()}
     TUNED.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     tuned.cache_clear()
 
@@ -123,7 +142,7 @@ def best(
     if device.type != "cuda":
         return candidates[0]
     measured = tuned().get(entry(op, device, dtype, precision, width))
-    return candidates[0] if measured is None or measured not in candidates else measured
+    return next((c for c in candidates if c.choice == measured), candidates[0])
 
 
 def check_precision(op: str, precision: str, **factors: torch.dtype) -> None:

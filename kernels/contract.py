@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.kernels._triton import launch, require_runnable, tl, triton
-from flexlora_fast.kernels.configuration import Configuration, Precision, best, check_precision, configuration, padded
+from flexlora_fast.kernels.configuration import (
+    FMA_ODD,
+    Configuration,
+    Precision,
+    best,
+    check_precision,
+    configuration,
+    padded,
+)
 from flexlora_fast.kernels.operand import checked_operand, element, require_int32
 from flexlora_fast.kernels.parts import scratch, split, sum_parts
 from flexlora_fast.kernels.table import Side, Table
@@ -98,13 +106,18 @@ def configurations(precision: Precision, length: int, width: int) -> list[Config
     L = padded(width)
     if precision == "float32":
         # Sums on CUDA cores hold whole operand tiles in registers: deeper tiles spill.
-        shapes = [(64, L, 16, 4, 3, 4)] if L <= 32 else [(64, 64, 16, 8, 3, 2), (32, 64, 16, 4, 3, 4)]
+        shapes = [(64, L, 16, 4, 3, 4)] if L <= 32 else [(64, 64, 16, 8, 3, 2, FMA_ODD), (32, 64, 16, 4, 3, 4)]
     elif precision in {"tf32", "tf32x3"}:
-        shapes = [(64, min(L, 64), 32, 8, 4, 1), (64, min(L, 64), 16, 4, 3, 2), (128, min(L, 64), 32, 8, 3, 1)]
+        shapes = [(64, min(L, 64), 16, 4, 3, 2), (64, min(L, 64), 32, 8, 4, 1), (128, min(L, 64), 32, 8, 3, 1)]
     elif precision == "bf16x3":
-        shapes = [(64, min(L, 64), 32, 4, 3, 3), (128, min(L, 64), 32, 8, 3, 1), (64, L, 32, 8, 3, 1)]
+        shapes = [
+            (64, min(L, 64), 32, 8, 3, 2),
+            (64, min(L, 64), 32, 4, 3, 3),
+            (128, min(L, 64), 32, 8, 3, 1),
+            (64, L, 32, 8, 3, 1),
+        ]
     else:
-        shapes = [(64, min(L, 64), 64, 4, 3, 3), (64, L, 64, 8, 3, 1), (128, min(L, 64), 64, 8, 3, 1)]
+        shapes = [(64, min(L, 64), 64, 8, 3, 2), (64, L, 64, 8, 3, 1), (128, min(L, 64), 64, 8, 3, 1)]
     return [
         configuration(*launch, BLOCK_C=c, BLOCK_L=w, BLOCK_K=min(k, padded(length)), PART=part)
         for part in (1024, 4096)

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.kernels._triton import launch, require_runnable, tl, triton
-from flexlora_fast.kernels.configuration import Configuration, Precision, best, check_precision, configuration, padded
+from flexlora_fast.kernels.configuration import (
+    FMA_ODD,
+    Configuration,
+    Precision,
+    best,
+    check_precision,
+    configuration,
+    padded,
+)
 from flexlora_fast.kernels.operand import require_int32
 from flexlora_fast.kernels.parts import scratch, split, sum_parts
 from flexlora_fast.kernels.table import Side, Table
@@ -109,11 +117,11 @@ def configurations(precision: Precision, length: int) -> list[Configuration]:
     """Candidates for sums over ``length`` rows; the first is the best guess."""
     if precision == "float32":
         # Sums on CUDA cores hold whole operand tiles in registers: deeper tiles spill.
-        shapes = [(64, 16, 8, 3, 2), (32, 16, 4, 3, 4)]
+        shapes = [(64, 16, 8, 3, 2, FMA_ODD), (32, 16, 4, 3, 4)]
     elif precision in {"tf32", "tf32x3"}:
-        shapes = [(64, 32, 8, 3, 1), (64, 16, 4, 3, 2), (128, 32, 8, 3, 1)]
+        shapes = [(64, 16, 8, 3, 1), (64, 32, 8, 3, 1), (128, 32, 8, 3, 1)]
     else:
-        shapes = [(64, 64, 4, 3, 3), (128, 32, 8, 3, 1), (128, 64, 8, 3, 1)]
+        shapes = [(64, 64, 8, 3, 2), (128, 32, 8, 3, 1), (128, 64, 8, 3, 1)]
     return [
         configuration(*launch, BLOCK_C=c, BLOCK_K=min(k, padded(length)), PART=part)
         for part in (1024, 4096)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.kernels._triton import launch, require_runnable, tl, triton
-from flexlora_fast.kernels.configuration import Configuration, Precision, best, check_precision, configuration
+from flexlora_fast.kernels.configuration import FMA_ODD, Configuration, Precision, best, check_precision, configuration
 from flexlora_fast.kernels.table import Table
 from flexlora_fast.kernels.tiles import column_pointers, layer_columns, load_factor, multiply
 
@@ -99,9 +99,9 @@ def configurations(precision: Precision) -> list[Configuration]:
     """Candidates; the first is the best guess."""
     if precision == "float32":
         # Sums on CUDA cores hold whole operand tiles in registers: deeper tiles spill.
-        shapes = [(64, 64, 16, 8, 3, 2), (64, 64, 16, 4, 3, 3), (128, 64, 16, 8, 3, 1)]
+        shapes = [(64, 64, 16, 8, 3, 2, FMA_ODD), (64, 64, 16, 4, 3, 3), (128, 64, 16, 8, 3, 1)]
     elif precision in {"tf32", "tf32x3"}:
-        shapes = [(64, 64, 32, 8, 3, 1), (64, 64, 16, 4, 3, 2), (128, 64, 32, 8, 3, 1)]
+        shapes = [(64, 64, 16, 4, 3, 2), (64, 64, 32, 8, 3, 1), (128, 64, 32, 8, 3, 1)]
     else:
         shapes = [(64, 64, 32, 4, 3, 3), (64, 128, 32, 8, 3, 1), (128, 128, 32, 8, 3, 1)]
     return [configuration(*launch, BLOCK_M=i, BLOCK_N=j, BLOCK_C=c) for i, j, c, *launch in shapes]
