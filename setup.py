@@ -172,7 +172,11 @@ def packages() -> list[str]:
 setup(
     packages=packages(),
     package_dir={"flexlora_fast.kernels": "kernels"},
-    package_data={"flexlora_fast": ["py.typed"], "flexlora_fast.lowrank": ["constants.json", "constants-cuda.json"]},
+    package_data={
+        "flexlora_fast": ["py.typed"],
+        "flexlora_fast.lowrank": ["constants.json", "constants-cuda.json"],
+        "flexlora_fast.kernels": ["tuned.json"],
+    },
     ext_modules=[extension()],
     cmdclass={"build_ext": BuildNative},
 )

@@ -1,4 +1,4 @@
-"""Triton kernels: run in Triton's interpreter against float64, and compiled for GPUs that are not here."""
+"""Triton kernels against float64 and their torch twins: in Triton's interpreter and, where there is one, on a GPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,19 @@ import torch
 from packaging.version import Version
 
 from flexlora_fast import kernels
+from flexlora_fast.errors import BackendError
+from flexlora_fast.stack import Block, Stack
 
 HAS_TRITON = not (kernels.obstacle() or "").startswith("triton cannot be imported")
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton has no wheel for this platform")
+
+# In groups of about equal time: starting Python, torch and Triton takes longer than most checks.
+CHECKS = [
+    ["products"],
+    ["halves", "grams", "dense"],
+    ["precisions", "layouts"],
+    ["bits", "packing"],
+]
 
 
 def release(package: str) -> tuple[int, ...]:
@@ -27,47 +37,15 @@ def release(package: str) -> tuple[int, ...]:
         return (0,)
 
 
-# (m, n, R): one tile exactly, several tiles with remainders both ways, rank 1, and no rank at all.
-SHAPES = [(64, 64, 16), (5, 123, 1), (123, 5, 7), (65, 130, 33), (130, 3, 100), (1, 1, 1), (7, 4, 0)]
-
-CHECK = textwrap.dedent(
-    """
-    import sys
-    import torch
-    from flexlora_fast.kernels.materialize import materialize
-
-    m, n, R, dtype = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4])
-    generator = torch.Generator().manual_seed(0)
-    P = torch.randn(m, R, generator=generator).to(dtype)
-    Q = torch.randn(n, R, generator=generator).to(dtype).t()  # not contiguous
-    d = torch.randn(R, generator=generator, dtype=torch.float64)
-    P_before, Q_before, d_before = P.clone(), Q.clone(), d.clone()
-    exact = (P.double() * d) @ Q.double()
-    twin = (P.float() * d.float()) @ Q.float()
-    result = materialize(P, d, Q)
-    assert result.shape == (m, n) and result.dtype == torch.float32, (result.shape, result.dtype)
-    assert torch.equal(P, P_before) and torch.equal(Q, Q_before) and torch.equal(d, d_before)
-    error, twin_error = (result - exact).norm(), (twin - exact).norm()
-    assert error <= 2 * twin_error + 1e-7 * exact.norm(), (float(error), float(twin_error), float(exact.norm()))
-    """
-)
-
-
-def check_code(shapes: list[tuple[int, int, int]], dtype: str) -> str:
-    """CHECK for all shapes in one process: starting Python and torch takes longer than the kernels."""
-    steps = [f"sys.argv[1:] = ['{m}', '{n}', '{R}', '{dtype}']\n{CHECK}" for m, n, R in shapes]
-    return "\n".join(["import sys", *steps, f"print('checked', {len(shapes)})"])
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a fresh interpreter: Triton reads its environment when the kernels are imported."""
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python afresh: Triton reads its environment when the kernels are imported."""
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *arguments],
         env={**os.environ, **environment},
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 
@@ -77,96 +55,142 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     release("triton") < (3, 7) and release("numpy") >= (2, 4),
     reason="the interpreter of Triton 3.6 does not run with numpy 2.4: it takes one-element arrays for integers",
 )
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_materialize_matches_float64_in_the_interpreter(dtype):
-    done = run_python(check_code(SHAPES, dtype), TRITON_INTERPRET="1")
+@pytest.mark.parametrize("checks", CHECKS, ids="-".join)
+def test_kernels_hold_in_the_interpreter(checks):
+    done = run_python("-m", "tests.kernel_checks", "cpu", *checks, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["checked", str(len(SHAPES))]
-
-
-def resources(cubin: bytes, path: Path) -> dict[str, int]:
-    """Registers, stack and local bytes of one compiled kernel, as the disassembler that Triton brings reports them."""
-    import triton
-
-    path.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run(
-        [str(tool), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True
-    ).stdout
-    usage = next(line for line in report.splitlines() if "REG:" in line)
-    pairs = (field.split(":") for field in usage.split() if field.count(":") == 1)
-    return {name: int(value) for name, value in pairs if value.isdigit()}
+    assert done.stdout.split() == [word for check in checks for word in ("held", check)]
 
 
 @needs_triton
-@pytest.mark.parametrize("element", ["fp32", "bf16"])
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_materialize_compiles_without_spills(capability, element, tmp_path, record_property):
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from flexlora_fast.kernels import materialize as module
-
-    tile = {"BLOCK_M": module.BLOCK_M, "BLOCK_N": module.BLOCK_N, "BLOCK_R": module.BLOCK_R}
-    pointers = {"P_ptr": f"*{element}", "Q_ptr": f"*{element}", "d_ptr": "*fp32", "out_ptr": "*fp32"}
-    # Strides and sizes unspecialised: the version with the most registers.
-    signature = {name: "i32" for name in module.materialize_kernel.arg_names} | pointers
-    signature |= {name: "constexpr" for name in tile}
-    compiled = triton.compile(
-        ASTSource(fn=module.materialize_kernel, signature=signature, constexprs=tile),
-        target=GPUTarget("cuda", capability, 32),
-        options=module.OPTIONS,
-    )
-    usage = resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
-    for name in ("REG", "STACK", "LOCAL"):
-        record_property(name, usage[name])
-    print(f"sm_{capability} {element}: {usage['REG']} registers, {compiled.metadata.shared} bytes shared")
-    assert usage["STACK"] == 0 and usage["LOCAL"] == 0, f"spills: {usage}"
-    # 99 KiB is what one block may have on every GPU from sm_80 on; more than half would leave one block an SM.
-    assert compiled.metadata.shared <= 99 * 1024 // 2
+def test_every_check_runs():
+    done = run_python("-c", "from tests.kernel_checks import CHECKS; print(*CHECKS)", TRITON_INTERPRET="1")
+    assert sorted(done.stdout.split()) == sorted(check for group in CHECKS for check in group), done.stderr
 
 
 @pytest.mark.gpu
 @needs_triton
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_materialize_matches_float64_on_the_gpu(dtype):
-    shapes = [*SHAPES, (1024, 4096, 1600)]
-    code = check_code(shapes, dtype).replace("torch.Generator()", "torch.Generator('cuda')")
-    done = run_python(f"import torch\ntorch.set_default_device('cuda')\n{code}", TRITON_INTERPRET="0")
+@pytest.mark.parametrize("checks", CHECKS, ids="-".join)
+def test_kernels_hold_on_the_gpu(checks):
+    done = run_python("-m", "tests.kernel_checks", "cuda", *checks, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["checked", str(len(shapes))]
+    assert done.stdout.split() == [word for check in checks for word in ("held", check)]
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_two_processes_give_the_same_bits_on_the_gpu():
+    code = textwrap.dedent(
+        """
+        import hashlib, torch
+        from flexlora_fast.kernels.gram import gram
+        from flexlora_fast.kernels.materialize import materialize
+        from flexlora_fast.kernels.project import project, project_t
+        from flexlora_fast.kernels.table import Table
+        from tests.kernel_checks import Data
+        data = Data("cuda")
+        table = Table([data.stack(1024, 3000, [16, 8, 40], 1, torch.bfloat16) for _ in range(5)])
+        X, Y = data.randn(5, 3000, 48), data.randn(5, 1024, 48)
+        for precision in ("float32", "bf16x3", "tf32x3", "tf32", "bf16"):
+            results = [project(table, X, precision=precision), project_t(table, Y, precision=precision)]
+            results += [materialize(table, precision=precision), *gram(table, precision=precision)]
+            print(*(hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest() for x in results))
+        """
+    )
+    first, second = (run_python("-c", code, TRITON_INTERPRET="0") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout and first.stdout == second.stdout
+
+
+def stack(m: int = 6, n: int = 5, r: int = 2, **kinds: torch.dtype) -> Stack:
+    """A stack of one client, of ones."""
+    B = torch.ones(1, m, r, dtype=kinds.get("B", torch.float32))
+    A = torch.ones(1, r, n, dtype=kinds.get("A", torch.float32))
+    return Stack([Block(B, A, torch.ones(r, dtype=torch.float64))], m, n)
 
 
 @needs_triton
-def test_cpu_tensors_are_refused_outside_the_interpreter():
-    code = """
-import torch
-from flexlora_fast.kernels.materialize import materialize
-materialize(torch.ones(2, 1), torch.ones(1), torch.ones(1, 2))
-"""
-    done = run_python(code, TRITON_INTERPRET="0")
-    assert "BackendError: materialize: P is on cpu, and Triton kernels run on a CUDA GPU" in done.stderr
+def test_tables_say_what_does_not_fit():
+    from flexlora_fast.kernels.table import Table
+
+    with pytest.raises(ValueError, match="at least one stack: got none"):
+        Table([])
+    with pytest.raises(ValueError, match=r"stack 1 has \(m, n\) = \(6, 7\), stack 0 \(6, 5\): .* make one for each"):
+        Table([stack(), stack(n=7)])
+    with pytest.raises(ValueError, match=r"B of block 0 of stack 1 is torch.float64: expected float16.* cast it"):
+        Table([stack(), stack(B=torch.float64)])
+    with pytest.raises(ValueError, match="are on cpu, and the table is to be on meta: move them to one device"):
+        Table([stack()], device="meta")
+    meta = Stack([Block(torch.ones(1, 6, 2), torch.ones(1, 2, 5, device="meta"), torch.ones(2))], 6, 5)
+    with pytest.raises(ValueError, match="the factors of a table are on cpu, meta: move them"):
+        Table([meta])
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    ("P", "d", "Q", "message"),
-    [
-        (torch.ones(2, 3), torch.ones(3), torch.ones(4, 5), r"P \(2, 3\), d \(3,\) and Q \(4, 5\) do not fit"),
-        (torch.ones(2, 3), torch.ones(2), torch.ones(3, 5), r"d \(2,\)"),
-        (torch.ones(3), torch.ones(3), torch.ones(3, 5), r"P \(3,\)"),
-        (torch.ones(2, 3), torch.ones(3, device="meta"), torch.ones(3, 5), "are on cpu, meta and cpu"),
-        (torch.ones(2, 3).double(), torch.ones(3), torch.ones(3, 5), "P is torch.float64: expected float16"),
-    ],
-)
-def test_what_does_not_fit_is_quoted(P, d, Q, message):
+def test_tables_read_factors_in_place_where_they_can():
+    from flexlora_fast.kernels.table import Table
+
+    plain = stack(m=64, n=32, r=16)
+    table = Table([plain, Stack([], 64, 32, batch=2), stack(m=64, n=32, r=8)])
+    (block,) = plain.blocks
+    assert table.ranks == (16, 0, 0, 8) and table.W == 16 and table.layers == 4
+    assert table.offsets.tolist() == [0, 16, 16, 16, 24]
+    assert table.P.address[:16].tolist() == [block.B.data_ptr() + 4 * c for c in range(16)]
+    assert table.Q.address[:16].tolist() == [block.A.data_ptr() + 4 * 32 * c for c in range(16)]
+    assert (table.P.run, table.P.bytes, table.Q.bytes) == (4, 16, 16)  # 16-byte loads of float32
+    assert table.P.aligned and table.Q.aligned
+    odd = Table([plain, stack(m=64, n=32, r=6)])
+    assert (odd.P.run, odd.P.bytes) == (2, 8) and not odd.P.aligned and odd.Q.aligned
+    mixed = Table([plain, stack(m=64, n=32, r=8, A=torch.float16)])
+    assert (mixed.P.dtype, mixed.Q.dtype) == (torch.float32, torch.float32)
+    assert mixed.P.address[0] == block.B.data_ptr() and mixed.Q.address[0] == block.A.data_ptr()
+
+
+@needs_triton
+def test_operations_say_what_does_not_fit():
+    from flexlora_fast.kernels.combine import combine
+    from flexlora_fast.kernels.gram import gram
     from flexlora_fast.kernels.materialize import materialize
+    from flexlora_fast.kernels.pack import pack
+    from flexlora_fast.kernels.project import project, project_t
+    from flexlora_fast.kernels.table import Table
 
-    with pytest.raises(ValueError, match=message):
-        materialize(P, d, Q)
+    table = Table([stack(), stack(r=3)])
+    with pytest.raises(ValueError, match=r"project: X is \(2, 6, 4\): expected \(2, 5, l\) for a table of 2 layers"):
+        project(table, torch.ones(2, 6, 4))
+    with pytest.raises(ValueError, match=r"project_t: Y is \(6, 4\): expected \(2, 6, l\)"):
+        project_t(table, torch.ones(6, 4))
+    with pytest.raises(ValueError, match=r"combine: Z is \(2, 2, 4\): expected \(2, 3, l\).* at most 3 columns"):
+        combine(table, torch.ones(2, 2, 4))
+    with pytest.raises(ValueError, match=r"project: X is torch.float64: expected float16"):
+        project(table, torch.ones(2, 5, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="project: X is on meta and the table on cpu: move them together"):
+        project(table, torch.ones(2, 5, 4, device="meta"))
+    with pytest.raises(ValueError, match="gram: precision 'half' does not exist: expected one of 'float32', 'bf16x3'"):
+        gram(table, precision="half")
+    with pytest.raises(ValueError, match=r"project: precision 'bf16x3' is for bfloat16 factors.* P is torch.float32"):
+        project(table, torch.ones(2, 5, 4), precision="bf16x3")
+    with pytest.raises(
+        ValueError, match=r"out is \(2, 6, 4\), torch.float32, on cpu, contiguous: expected \(2, 6, 5\)"
+    ):
+        materialize(table, torch.ones(2, 6, 4))
+    with pytest.raises(ValueError, match=r"with strides \(30, 1, 6\)"):
+        materialize(table, torch.ones(2, 5, 6).mT)
+    with pytest.raises(ValueError, match=r"pack: cannot pack into torch.float64"):
+        pack(table, torch.float64)
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs on the CPU")
+def test_cpu_tensors_are_refused_outside_the_interpreter():
+    from flexlora_fast.kernels.gram import gram
+    from flexlora_fast.kernels.project import project
+    from flexlora_fast.kernels.table import Table
+
+    with pytest.raises(BackendError, match="project: the factors are on cpu, and Triton kernels run on a CUDA GPU"):
+        project(Table([stack()]), torch.ones(1, 5, 4))
+    with pytest.raises(BackendError, match=r"gram: the factors are on cpu.*TRITON_INTERPRET=1"):
+        gram(Table([stack()]))
 
 
 def test_without_triton_the_package_imports_and_says_what_is_missing():
@@ -179,7 +203,7 @@ def test_without_triton_the_package_imports_and_says_what_is_missing():
         import flexlora_fast.kernels.materialize
         """
     )
-    done = run_python(code)
+    done = run_python("-c", code)
     assert "triton cannot be imported" in done.stdout and "pip install triton" in done.stdout
     assert "BackendError: the Triton kernels need Triton" in done.stderr
 

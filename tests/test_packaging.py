@@ -148,7 +148,7 @@ def test_the_wheel_holds_everything_and_works(source, tmp_path):
         path.relative_to(ROOT)
         for path in (ROOT / "flexlora_fast").rglob("*")
         if path.is_file() and path.suffix not in {".so", ".pyc"} and path.name != "_build_info.json"
-    } | {Path("flexlora_fast", "kernels", path.name) for path in (ROOT / "kernels").glob("*.py")}
+    } | {Path("flexlora_fast", "kernels", path.name) for path in (ROOT / "kernels").glob("*.*")}
     assert not [str(path) for path in expected if not (target / path).exists()]
     assert list(target.glob("flexlora_fast-*.dist-info/licenses/LICENSE"))
     assert report(target) == [None, "ok"]
