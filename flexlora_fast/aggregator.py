@@ -25,11 +25,13 @@ from flexlora_fast.errors import (
     WeightError,
 )
 from flexlora_fast.incremental import GramTable
+from flexlora_fast.kernels import obstacle
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.methods import Method
 from flexlora_fast.precision import full_precision
 from flexlora_fast.progress import track
+from flexlora_fast.resident import Resident
 from flexlora_fast.update import GlobalUpdate, Refusal
 from flexlora_fast.work import Client, Settings, Work
 
@@ -174,6 +176,7 @@ class Aggregator:
         self._admission = Admission()
         self._kept = 0  # bytes of tensors from files
         self._grams = self._gram_table()
+        self._resident = Resident(self.device) if self.device.type == "cuda" and obstacle() is None else None
         self._suspicious = False  # whether a client's values turned out bad in ``finish``
         self._started = time.perf_counter()
 
@@ -222,6 +225,8 @@ class Aggregator:
         self._clients[name] = Client(name, held, float(weight), source, checked=self.read == "add")
         self._kept += held.skeleton.nbytes if held is not source else 0
         self._admission.accept(name, source)
+        if self._resident is not None:
+            self._resident.take(name, held)
         if self._grams is not None and not held.on_disk:
             with full_precision():
                 self._grams.take(name, held)
@@ -244,7 +249,7 @@ class Aggregator:
         if self._suspicious:
             self._check_the_others()
         clients = self._weighted()
-        work = Work(clients, self._settings(), self._grams)
+        work = Work(clients, self._settings(), self._grams, self._resident)
         frame = GlobalUpdate(
             layer_updates={},
             clients=[finishing.record(client) for client in clients],
@@ -351,6 +356,8 @@ class Aggregator:
         """Take an accepted client out again; what it settled is open."""
         gone = self._clients.pop(name)
         self._kept -= gone.source.skeleton.nbytes if gone.adapter is not gone.source else 0
+        if self._resident is not None:
+            self._resident.drop(name)
         self.refused.append(Refusal(name, str(error)))
         self._admission = Admission()
         for client in self._clients.values():

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from flexlora_fast.lowrank.grouped import Stacks, solve_group
 from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.methods import Contribution, Method
 from flexlora_fast.precision import full_precision
+from flexlora_fast.resident import Resident, ResidentLayers
 from flexlora_fast.skeleton import Skeleton
 from flexlora_fast.stack import Stack
 from flexlora_fast.update import LayerUpdate
@@ -105,6 +106,7 @@ class Work:
     clients: Sequence[Client]  # of positive weight, in canonical order
     settings: Settings
     grams: GramTable | None = None
+    resident: Resident | None = None
     plans: list[LayerPlan] = field(init=False)  # in the order of solving
     groups: list[list[LayerPlan]] = field(init=False)  # the same in runs that are solved together
 
@@ -139,21 +141,70 @@ class Work:
     def pieces(self) -> Iterator[tuple[int, Callable[[], Piece]]]:
         """What is to be read in the order of solving: its bytes in memory that is not held already, and how."""
         for layer in self.plans:
-            having = [client for client in self.clients if layer.spec.name in client.adapter.skeleton.specs]
-            total = math.fsum(client.share for client in having) if self.settings.missing == "renormalize" else 1.0
-            for group, last in _groups(layer, having):
-                nbytes = sum(_bytes(client, layer) for client in group if client.adapter.on_disk)
-                yield nbytes, partial(_read, layer.spec.name, group, total, last)
+            if not self._waits(layer):
+                yield from self._pieces_of(layer)
+
+    def _pieces_of(self, layer: LayerPlan) -> Iterator[tuple[int, Callable[[], Piece]]]:
+        having = [client for client in self.clients if layer.spec.name in client.adapter.skeleton.specs]
+        total = math.fsum(client.share for client in having) if self.settings.missing == "renormalize" else 1.0
+        for group, last in _groups(layer, having):
+            nbytes = sum(_bytes(client, layer) for client in group if client.adapter.on_disk)
+            yield nbytes, partial(_read, layer.spec.name, group, total, last)
 
     # -- solving ---
 
     def solved(self, pieces: Iterator[Piece]) -> Iterator[LayerUpdate]:
         """Every layer in the order of ``plans``. Raises ``AdapterError`` naming client and layer for bad values."""
         for group in self.groups:
-            if len(group) == 1 and not group[0].grouped:
-                yield self.solve_layer(group[0], pieces)
-            else:
+            if self._waits(group[0]):
+                yield from self.solve_resident(group)
+            elif group[0].grouped:
                 yield from self.solve_group(group, pieces)
+            else:
+                yield self.solve_layer(group[0], pieces)
+
+    @cached_property
+    def _all_here(self) -> bool:
+        """Whether all clients' factors lie in the device's memory, known to be good and where."""
+        clients = self.clients
+        return (
+            self.resident is not None
+            and self.settings.method.uniform
+            and all(client.checked for client in clients)
+            and self.resident.has([client.name for client in clients])
+        )
+
+    def _waits(self, layer: LayerPlan) -> bool:
+        """Whether a layer needs no reading: it is solved from where its factors lie."""
+        return layer.grouped and self._all_here
+
+    @full_precision()
+    def solve_resident(self, layers: Sequence[LayerPlan]) -> list[LayerUpdate]:
+        """Solve layers of one shape together from where their factors lie in the device's memory."""
+        of, spec, names = self.settings, layers[0].spec, [layer.spec.name for layer in layers]
+        assert self.resident is not None
+
+        def usual(place: int) -> Stack:
+            ((_, read),) = self._pieces_of(layers[place])
+            return self._stack(layers[place].spec, read(), _Bias())
+
+        source = ResidentLayers(
+            self.resident,
+            spec.m,
+            spec.n,
+            names,
+            [layer.total_rank for layer in layers],
+            [client.name for client in self.clients],
+            [client.share for client in self.clients],
+            of.missing == "renormalize",
+            usual,
+        )
+        rank = layers[0].rank
+        results = solve_group(source, rank, tol=of.tol, seed=of.seed, names=names, certificate=of.certificate)
+        return [
+            LayerUpdate(layer.spec, _numbers_to_cpu(result), layer.total_rank, None, None)
+            for layer, result in zip(layers, results, strict=True)
+        ]
 
     @full_precision()
     def solve_group(self, layers: Sequence[LayerPlan], pieces: Iterator[Piece]) -> list[LayerUpdate]:

@@ -98,16 +98,41 @@ class Table:
         self.device = _device_of(stacks, device)
         B, A = _one_dtype(stacks, "B"), _one_dtype(stacks, "A")
         A = [[a if a.stride(2) == 1 or self.n == 1 else a.contiguous() for a in row] for row in A]
-        self._kept = (B, A)
-        self.ranks = tuple(stack.R for stack in stacks for _ in range(stack.batch))
-        self.W = max(self.ranks, default=0)
-        P, Q = _Columns.of(stacks, B, column=2), _Columns.of(stacks, A, column=1)
+        ranks = [stack.R for stack in stacks for _ in range(stack.batch)]
         d = torch.cat([torch.zeros(0), *(stack.d.float().cpu() for stack in stacks for _ in range(stack.batch))])
-        arrays = [np.cumsum([0, *self.ranks]), P.address, P.stride, Q.address, Q.stride, _as_int64(d.numpy())]
+        self._fill(ranks, Places.of(stacks, B, column=2), Places.of(stacks, A, column=1), d.numpy(), (B, A))
+
+    @classmethod
+    def at(
+        cls,
+        shape: tuple[int, int],
+        ranks: Sequence[int],
+        places: tuple[Places, Places],
+        d: np.ndarray,
+        device: torch.device,
+        kept: object,
+    ) -> Table:
+        """The table of factors whose places are known: of P and of Q, in the order of the layers and their clients.
+
+        Args:
+            shape: (m, n). ranks: R of each layer. d: (Σ R,) float32. kept: what keeps the factors alive.
+            device: of the factors. The rows of Q's must be contiguous.
+        """
+        table = cls.__new__(cls)
+        table.m, table.n, table.device = *shape, device
+        table._fill(ranks, *places, d, kept)
+        return table
+
+    def _fill(self, ranks: Sequence[int], P: Places, Q: Places, d: np.ndarray, kept: object) -> None:
+        self._kept = kept
+        self.ranks = tuple(ranks)
+        self.W = max(self.ranks, default=0)
+        p, q = _Columns.of(P), _Columns.of(Q)
+        arrays = [np.cumsum([0, *self.ranks]), p.address, p.stride, q.address, q.stride, _as_int64(d)]
         self.offsets, *sides, d_bits = _copied(arrays, self.device)
-        self.d = d_bits.view(torch.float32)[: d.numel()]
-        self.P = P.side("P", self.m, sides[0], sides[1])
-        self.Q = Q.side("Q", self.n, sides[2], sides[3])
+        self.d = d_bits.view(torch.float32)[: d.size]
+        self.P = p.side("P", self.m, sides[0], sides[1])
+        self.Q = q.side("Q", self.n, sides[2], sides[3])
 
     @property
     def layers(self) -> int:
@@ -128,6 +153,38 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the factors of one side lie.
+
+    Attributes:
+        dtype: of all of them.
+        rows: (F, 4) int64, for each factor: the address of its first entry in bytes; the steps, in elements, from one
+            column to the next and from one entry of a column to the next; how many columns it has.
+    """
+
+    dtype: torch.dtype
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, stacks: Sequence[Stack], factors: Sequence[Sequence[Tensor]], column: int) -> Places:
+        """Of (b, ·, ·) factors whose dimension ``column`` counts columns."""
+        rows = [
+            place(x, e, column)
+            for stack, clients in zip(stacks, factors, strict=True)
+            for e in range(stack.batch)
+            for x in clients
+        ]
+        dtype = next((x.dtype for clients in factors for x in clients), torch.float32)
+        return cls(dtype, np.array(rows, dtype=np.int64).reshape(-1, 4))
+
+
+def place(X: Tensor, expert: int, column: int) -> tuple[int, int, int, int]:
+    """A row of ``Places`` for one matrix of the factor X (b, ·, ·) whose dimension ``column`` counts columns."""
+    first = X.data_ptr() + expert * X.stride(0) * X.element_size()
+    return first, X.stride(column), X.stride(3 - column), X.shape[column]
+
+
+@dataclass(frozen=True)
 class _Columns:
     """The columns of one side of all layers in order, on the host."""
 
@@ -137,17 +194,9 @@ class _Columns:
     run: int
 
     @classmethod
-    def of(cls, stacks: Sequence[Stack], factors: Sequence[Sequence[Tensor]], column: int) -> _Columns:
-        """Where the columns of (b, ·, ·) factors lie whose dimension ``column`` counts columns."""
-        along = 3 - column
-        table = [
-            (x.data_ptr() + e * x.stride(0) * x.element_size(), x.stride(column), x.stride(along), x.shape[column])
-            for stack, clients in zip(stacks, factors, strict=True)
-            for e in range(stack.batch)
-            for x in clients
-        ]
-        dtype = next((x.dtype for clients in factors for x in clients), torch.float32)
-        first, step, stride, r = np.array(table, dtype=np.int64).reshape(-1, 4).T
+    def of(cls, places: Places) -> _Columns:
+        dtype = places.dtype
+        first, step, stride, r = places.rows.T
         within = np.arange(r.sum()) - np.repeat(np.cumsum(r) - r, r)
         widest = WIDEST_LOAD // dtype.itemsize
         # Neighbours only where the next column is the next element.

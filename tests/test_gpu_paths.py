@@ -44,7 +44,7 @@ def test_on_the_cpu_groups_are_packed() -> None:
 
 def test_kernels_on_a_gpu_and_a_warning_once_without(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    monkeypatch.setattr(groups, "Tabled", lambda stacks: made.append("kernels"))
+    monkeypatch.setattr(groups.Tabled, "of", lambda stacks: made.append("kernels"))
     monkeypatch.setattr(groups, "Packed", lambda stacks: made.append("packed"))
     monkeypatch.setattr(groups, "obstacle", lambda: None)
     groups.of([CUDA])  # type: ignore[list-item]
@@ -61,7 +61,7 @@ def test_a_kernel_that_fails_is_not_replaced(monkeypatch: pytest.MonkeyPatch) ->
     def broken(stacks: Any) -> None:
         raise BackendError("out of shared memory")
 
-    monkeypatch.setattr(groups, "Tabled", broken)
+    monkeypatch.setattr(groups.Tabled, "of", broken)
     monkeypatch.setattr(groups, "obstacle", lambda: None)
     with pytest.raises(BackendError, match="shared memory"):
         groups.of([CUDA])  # type: ignore[list-item]

@@ -24,7 +24,7 @@ def of(stacks: Sequence[Stack]) -> Group:
     if (reason := obstacle()) is not None:
         _warn(reason)
         return Packed(stacks)
-    return Tabled(stacks)
+    return Tabled.of(stacks)
 
 
 @functools.cache

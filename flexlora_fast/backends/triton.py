@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flexlora_fast.backends.group import coefficients
 from flexlora_fast.stack import Stack
+
+if TYPE_CHECKING:
+    from flexlora_fast.kernels.table import Table
 
 
 class Tabled:
@@ -18,20 +21,28 @@ class Tabled:
     Products of bfloat16 factors are exact on the matrix units. Where one operand is float32 it is split into three
     bfloat16 (or TF32) numbers, which hold its 24 bits: float32's accuracy at a third of the matrix units' rate.
 
+    ``table``: where the factors lie; ``d``: (L, W) float64 as ``group.Group`` has it.
+
     Raises ``BackendError`` where Triton is missing or cannot run on the factors' device.
     """
 
-    def __init__(self, stacks: Sequence[Stack]) -> None:
+    @classmethod
+    def of(cls, stacks: Sequence[Stack]) -> Tabled:
+        """The group of these stacks."""
+        from flexlora_fast.kernels.table import Table
+
+        table = Table(stacks)
+        return cls(table, coefficients(stacks, table.W, table.device))
+
+    def __init__(self, table: Table, d: Tensor) -> None:
         from flexlora_fast.kernels.combine import combine
         from flexlora_fast.kernels.gram import gram
         from flexlora_fast.kernels.project import project_t
-        from flexlora_fast.kernels.table import Table
 
         self._combine, self._gram, self._project_t = combine, gram, project_t
-        self.table = Table(stacks)
+        self.table, self.d = table, d
         self.layers, self.m, self.n = self.table.layers, self.table.m, self.table.n
         self.W, self.device = self.table.W, self.table.device
-        self.d = coefficients(stacks, self.W, self.device)
         sixteen = self.table.P.dtype == self.table.Q.dtype == torch.bfloat16
         self._precision: Any = "bf16x3" if sixteen else "tf32x3"
 

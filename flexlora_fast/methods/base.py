@@ -47,6 +47,7 @@ class Method:
         gauge_invariant: whether (B·M, M⁻¹·A) gives the same result as (B, A).
         folds: whether the blocks of some clients are the same alone as among the others, so that ΔW can be summed up
             from groups of clients where a layer's factors do not fit in memory together.
+        uniform: whether the blocks are the factors as sent, and every column of a client has the coefficient w·s.
     """
 
     name: ClassVar[str]
@@ -54,6 +55,7 @@ class Method:
     output: ClassVar[Literal["svd", "slice"]] = "svd"
     gauge_invariant: ClassVar[bool] = True
     folds: ClassVar[bool] = False
+    uniform: ClassVar[bool] = False
 
     def blocks(self, contributions: Sequence[Contribution]) -> list[Block]:
         """The blocks whose sum Σ B·diag(d)·A is this method's ΔW for one layer."""
