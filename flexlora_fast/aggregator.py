@@ -38,6 +38,7 @@ from flexlora_fast.work import Client, Settings, Work
 Source = Adapter | str | os.PathLike[str]
 MISSING = ("zero", "renormalize")
 READ = ("add", "finish")
+RESULTS = ("cpu", "device")
 
 
 def aggregate(
@@ -117,7 +118,9 @@ class Aggregator:
         method: "flexlora", "fedit", "hetlora" or a :class:`~flexlora_fast.methods.Method`.
         solver: "auto" lets the planner choose for each layer; or one of ``lowrank.plan.SOLVERS``.
         tol: bound on the excess of iterative solvers; 0 asks for exact ones.
-        device: where to compute ("cpu", "cuda", …; default: CPU). Results are on the CPU.
+        device: where to compute ("cpu", "cuda", …; default: CPU).
+        results: where U and V of the update are: "cpu", or "device" for where they were computed. Adapters made from
+            them are there too. All else of the update is on the CPU.
         seed: of the test matrices, whose entries are addressed by (seed, layer, row).
         missing: a client without a layer counts as zero there ("zero"), or its weight is shared out
             ("renormalize").
@@ -156,6 +159,7 @@ class Aggregator:
         certificate: Literal["exact", "estimate"] = "exact",
         memory_limit: int | str | None = None,
         read: Literal["add", "finish"] = "add",
+        results: Literal["cpu", "device"] = "cpu",
         progress: bool | None = None,
     ) -> None:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -170,7 +174,9 @@ class Aggregator:
         self.device, self.seed, self.missing = _device(device), seed, missing
         self.certificate = plan.check_certificate(certificate)
         self.memory_limit = memory.parse_limit(memory_limit)
-        self.read, self.progress = read, progress
+        if results not in RESULTS:
+            raise OptionError(f"results {results!r} is neither 'cpu' nor 'device'")
+        self.read, self.results, self.progress = read, results, progress
         self.refused: list[Refusal] = []
         self._clients: dict[str, Client] = {}
         self._admission = Admission()
@@ -285,6 +291,7 @@ class Aggregator:
             self.missing,
             self.memory_limit,
             self.certificate,
+            self.results,
         )
 
     def _gram_table(self) -> GramTable | None:

@@ -61,6 +61,7 @@ class Settings:
     missing: str
     limit: int
     certificate: str = "exact"
+    results: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class Work:
         rank = layers[0].rank
         results = solve_group(source, rank, tol=of.tol, seed=of.seed, names=names, certificate=of.certificate)
         return [
-            LayerUpdate(layer.spec, _numbers_to_cpu(result), layer.total_rank, None, None)
+            LayerUpdate(layer.spec, _brought(result, of.results), layer.total_rank, None, None)
             for layer, result in zip(layers, results, strict=True)
         ]
 
@@ -217,7 +218,7 @@ class Work:
         rank = layers[0].rank
         results = solve_group(Stacks(stacks), rank, tol=of.tol, seed=of.seed, names=names, certificate=of.certificate)
         return [
-            LayerUpdate(layer.spec, _numbers_to_cpu(result), stack.R, None, bias.mean)
+            LayerUpdate(layer.spec, _brought(result, of.results), stack.R, None, bias.mean)
             for layer, result, stack, bias in zip(layers, results, stacks, biases, strict=True)
         ]
 
@@ -230,7 +231,7 @@ class Work:
             total_rank = layer.total_rank
         else:
             result, averaged, total_rank = self._whole(layer, next(pieces), bias)
-        return LayerUpdate(layer.spec, _numbers_to_cpu(result), total_rank, averaged, bias.mean)
+        return LayerUpdate(layer.spec, _brought(result, self.settings.results), total_rank, averaged, bias.mean)
 
     def _whole(
         self, layer: LayerPlan, piece: Piece, bias: _Bias
@@ -377,7 +378,8 @@ class _Bias:
         return None if self._total is None else self._total.float()
 
 
-def _numbers_to_cpu(f: Factorization) -> Factorization:
-    """The same with S and the certificate on the CPU; the vectors stay on the device that they were computed on."""
+def _brought(f: Factorization, results: str) -> Factorization:
+    """The same on the CPU; with ``results="device"`` U and V stay on the device that they were computed on."""
     error = None if f.energy_error is None else f.energy_error.cpu()
-    return dataclasses.replace(f, S=f.S.cpu(), energy=f.energy.cpu(), energy_error=error)
+    f = dataclasses.replace(f, S=f.S.cpu(), energy=f.energy.cpu(), energy_error=error)
+    return f if results == "device" else dataclasses.replace(f, U=f.U.cpu(), V=f.V.cpu())

@@ -252,6 +252,7 @@ OPTIONS: list[tuple[dict[str, Any], type[FlexLoRAError], str]] = [
     ({"solver": "magic"}, OptionError, "solver 'magic' is not one of auto, gram"),
     ({"method": "fedavg"}, OptionError, "method 'fedavg' is not one of flexlora"),
     ({"missing": "skip"}, OptionError, "missing 'skip'"),
+    ({"results": "disk"}, OptionError, "results 'disk' is neither 'cpu' nor 'device'"),
     ({"device": "abacus"}, BackendError, "device 'abacus'"),
     ({"device": "meta"}, BackendError, "device 'meta'"),
     ({"device": 3.5}, BackendError, "device 3.5"),
