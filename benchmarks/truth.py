@@ -9,7 +9,10 @@ from benchmarks.workloads import Clients
 
 
 class Residual:
-    """‖ΔW − BA‖_F² of any answer, in float64, from the factors: no m×n matrix is formed."""
+    """‖ΔW − BA‖_F² of any answer, in float64, from the factors: no m×n matrix is formed.
+
+    Computed where the clients' factors are.
+    """
 
     def __init__(self, clients: Clients) -> None:
         self.P = torch.cat([B.double() * c for B, _, c in clients], dim=1)  # (m, R)
@@ -18,7 +21,7 @@ class Residual:
         self.energy = float(sum(torch.linalg.vector_norm(slab @ self.Q).square() for slab in slabs))
 
     def of(self, B: Tensor, A: Tensor) -> float:
-        B, A = B.double(), A.double()
+        B, A = B.to(self.P), A.to(self.P)
         inner = float(((self.P.mT @ B) * (self.Q @ A.mT)).sum())
         own = float(((B.mT @ B) * (A @ A.mT)).sum())
         return max(self.energy - 2 * inner + own, 0.0)
