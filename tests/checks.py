@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flexlora_fast as ff
 from flexlora_fast import config as configs
-from tests import oracle, rounds
+from tests import oracle, rounds, where
 from tests.oracle import Truth
 from tests.rounds import Client
 
@@ -57,8 +57,13 @@ class Case:
         return rounds.typical(self.model, self.dtype, seed)
 
     def aggregate(self, clients: Sequence[Client], **options: Any) -> ff.GlobalUpdate:
-        given = {"method": self.method, "solver": self.solver, "weights": [c.weight for c in clients]} | options
+        given = self.options | {"weights": [c.weight for c in clients]} | options
         return ff.aggregate([c.adapter() for c in clients], **given)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes a round one of this case."""
+        return {"method": self.method, "solver": self.solver, "device": where.DEVICE}
 
     def truth(self, clients: Sequence[Client], layer: str, missing: str = "zero") -> Truth:
         return oracle.truth(self.method, clients, layer, missing)
@@ -240,7 +245,7 @@ def check_inputs_stay(case: Case) -> None:
     clients = [c.but(extras={"head.weight": torch.full((2, 3), float(i))}) for i, c in enumerate(case.round())]
     adapters = [c.adapter() for c in clients]
     before = [({k: v.clone() for k, v in a.state_dict().items()}, a.config) for a in adapters]
-    update = ff.aggregate(adapters, method=case.method, solver=case.solver)
+    update = ff.aggregate(adapters, **case.options)
     for split in ("B", "balanced", "A"):
         update.adapter(client="c0", split=split)
     for adapter, (tensors, config) in zip(adapters, before, strict=True):

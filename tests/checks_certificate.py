@@ -59,7 +59,7 @@ def check_vectors(case: Case) -> None:
 def check_deterministic(case: Case) -> None:
     """Bit for bit from run to run, and when finished twice; another thread count only moves rounding."""
     clients = case.round()
-    agg = ff.Aggregator(method=case.method, solver=case.solver)
+    agg = ff.Aggregator(**case.options)
     for c in clients:
         agg.add(c.adapter(), c.weight, client=c.name)
     first = agg.finish()
@@ -100,8 +100,8 @@ def check_folders_are_adapters(case: Case) -> None:
         paths = [Path(folder) / c.name for c in clients]
         for c, path in zip(clients, paths, strict=True):
             c.adapter().save(path)
-        options = {"method": case.method, "solver": case.solver, "weights": [c.weight for c in clients]}
-        read = ff.aggregate(paths, clients=[c.name for c in clients], **options)
+        names, weights = [c.name for c in clients], [c.weight for c in clients]
+        read = ff.aggregate(paths, weights, clients=names, **case.options)
         assert_identical(read, case.aggregate(clients))
 
 

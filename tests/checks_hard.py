@@ -246,7 +246,7 @@ def check_refused_clients_leave_no_trace(case: Case) -> None:
     """Each bad client is refused by name, and the round is bit for bit the one without it."""
     clients = case.round()
     plain = case.aggregate(clients)
-    agg = ff.Aggregator(method=case.method, solver=case.solver)
+    agg = ff.Aggregator(**case.options)
     spoilers = bad_clients(clients[0])
     for i, c in enumerate(clients):
         for bad in spoilers[i :: len(clients)] if i else []:
