@@ -39,12 +39,19 @@ class Truth(Residual):
         self.Q = torch.cat([A.double() for _, A, _ in clients])  # (R, n)
         if self.P.shape[1] < min(self.P.shape[0], self.Q.shape[1]):
             core = torch.linalg.qr(self.P, mode="r")[1] @ torch.linalg.qr(self.Q.mT, mode="r")[1].mT
-            self.squares = torch.linalg.svdvals(core).square()
+            self.squares = self._squares(core)
         else:
             delta = self.P @ self.Q
             delta = delta if delta.shape[0] <= delta.shape[1] else delta.mT
-            self.squares = torch.linalg.eigvalsh(delta @ delta.mT).flip(0).clamp_min(0)
+            self.squares = self._squares_of_gram(delta)
         self.energy = float(self.squares.sum())
+
+    def _squares(self, core: Tensor) -> Tensor:
+        """σ², descending. On a GPU from the Gram: its SVD takes seconds for what is lost below 1e-13 of the energy."""
+        return self._squares_of_gram(core) if core.is_cuda else torch.linalg.svdvals(core).square()
+
+    def _squares_of_gram(self, X: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(X @ X.mT).flip(0).clamp_min(0)
 
     def tail(self, k: int) -> float:
         """‖ΔW − ΔW_k‖_F²."""

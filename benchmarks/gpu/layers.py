@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,12 +75,14 @@ def alternate(calls: dict[str, Callable[[], Answer]], rows: dict[str, dict[str, 
         row["seconds"] = statistics.median(row["all_seconds"])
 
 
-def measure_layer(workload: Workload, rates: dict[str, float], options: Options, deadline: Deadline) -> dict[str, Any]:
-    """The row of one workload, as the CPU suite writes it."""
+def measure_layer(
+    workload: Workload, names: Sequence[str], rates: dict[str, float], options: Options, deadline: Deadline
+) -> dict[str, Any]:
+    """What is found of some methods on one workload, as the CPU suite writes it."""
     clients = workload.clients(options.device)
     truth = Truth(clients)
     calls, rows, not_run = {}, {}, {}
-    for name in GPU_METHODS:
+    for name in names:
         if reason := reason_not_to_run(name, workload, rates, deadline, options):
             not_run[name] = reason
             continue
@@ -90,25 +92,41 @@ def measure_layer(workload: Workload, rates: dict[str, float], options: Options,
             if name == OURS:
                 raise
             not_run[name] = f"out of memory: {str(error).splitlines()[0]}"
-    shape = {"m": workload.m, "n": workload.n, "R": workload.R, "k": workload.k, "spectrum": workload.spectrum}
-    shape |= {"clients": len(workload.ranks), "ranks": sorted(set(workload.ranks))}
-    shape |= {"tail": (truth.tail(workload.k) / truth.energy) ** 0.5}
+    tail = (truth.tail(workload.k) / truth.energy) ** 0.5
     del truth
     alternate(calls, rows, options.device, 2 if options.quick else _TURNS)
-    return {"kind": "layer", "workload": workload.name, "shape": shape, "methods": rows, "not_run": not_run}
+    return {"tail": tail, "methods": rows, "not_run": not_run}
 
 
 def measure(options: Options, report: Report) -> None:
+    """Every workload with the methods of milliseconds, in alternation; then with those that take a full SVD.
+
+    In that order, so that where full SVDs outlast the stage's time, nothing else is lost.
+    """
     deadline = Deadline(0.85 * options.seconds)
     rates = {name: pilot_rate(name, options) for name in FULL_SVD if obstacle(name, options) is None}
     report["svd_rates"] = rates
-    report["layers"] = []
-    for workload in QUICK if options.quick else FULL:
-        report["layers"].append(measure_layer(workload, rates, options, deadline))
-        report.write()
-        print(f"{workload.name}: done, {deadline.left:.0f} s left", flush=True)
-        if options.cuda:
-            torch.cuda.empty_cache()
+    workloads = QUICK if options.quick else FULL
+    rows = {workload.name: layer_row(workload) for workload in workloads}
+    report["layers"] = list(rows.values())
+    for names in ([name for name in GPU_METHODS if name not in FULL_SVD], FULL_SVD):
+        for workload in workloads:
+            found = measure_layer(workload, names, rates, options, deadline)
+            row = rows[workload.name]
+            row["shape"]["tail"] = found["tail"]
+            row["methods"] |= found["methods"]
+            row["not_run"] |= found["not_run"]
+            report.write()
+            print(f"{workload.name}: {', '.join(found['methods'])}; {deadline.left:.0f} s left", flush=True)
+            if options.cuda:
+                torch.cuda.empty_cache()
+
+
+def layer_row(workload: Workload) -> dict[str, Any]:
+    """The row of a workload that nothing was measured of yet."""
+    shape = {"m": workload.m, "n": workload.n, "R": workload.R, "k": workload.k, "spectrum": workload.spectrum}
+    shape |= {"clients": len(workload.ranks), "ranks": sorted(set(workload.ranks))}
+    return {"kind": "layer", "workload": workload.name, "shape": shape, "methods": {}, "not_run": {}}
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def unavailable(ran: tools.Ran) -> str:
 
 
 def measure(options: Options, report: Report) -> None:
-    deadline = Deadline(0.9 * options.seconds)
+    deadline = Deadline(0.75 * options.seconds)
     obstacle = ops.kernels_obstacle() if options.cuda else NEEDS_GPU
     if obstacle:
         return report.skip(obstacle)

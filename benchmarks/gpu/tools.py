@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,8 +49,11 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
     )
     try:
         output, _ = process.communicate(timeout=seconds)
-        return Ran(process.returncode, output)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+        os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         return Ran(None, output)
+    except BaseException:  # also when this process is told to stop
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return Ran(process.returncode, output)
