@@ -117,7 +117,7 @@ def two_stage_sketch(clients: Clients, k: int) -> Answer:
 
     Its authors sketch with as many columns as the rank; ten more are given here, as is usual (Halko et al. 2011).
     """
-    omega = torch.randn(clients[0][1].shape[1], k + 10, generator=torch.Generator().manual_seed(0))
+    omega = torch.randn(clients[0][1].shape[1], k + 10, generator=torch.Generator().manual_seed(0)).to(clients[0][1])
     Y = sum((B @ (A @ omega)) * c for B, A, c in clients)
     Q = torch.linalg.qr(Y)[0]
     Z = sum((A.T @ (B.T @ Q)) * c for B, A, c in clients)

@@ -85,18 +85,23 @@ def measure(options: Options, report: Report) -> None:
     side, copied, over_pcie, svd_side = _SIZES[options.quick]
     device = options.device
     report["machine"] = describe(device)
-    report["copy"] = copy_rate(device, copied)
-    report["bf16"] = matrix_rate(device, torch.bfloat16, side)
-    with tf32(False):
+    with report.attempt("copy"):
+        report["copy"] = copy_rate(device, copied)
+    with report.attempt("bf16"):
+        report["bf16"] = matrix_rate(device, torch.bfloat16, side)
+    with report.attempt("float32"), tf32(False):
         report["float32"] = matrix_rate(device, torch.float32, side)
-    if options.cuda:
-        with tf32(True):
-            report["tf32"] = matrix_rate(device, torch.float32, side)
-        report["pcie"] = pcie_rates(device, over_pcie)
-    else:
+    with report.attempt("float64"):
+        report["float64"] = matrix_rate(device, torch.float64, side // 2)
+    with report.attempt("svd"):
+        report["svd_float32"] = svd_rate(device, svd_side)
+    if not options.cuda:
         report["tf32"], report["pcie"] = NEEDS_GPU, NEEDS_GPU
-    report["float64"] = matrix_rate(device, torch.float64, side // 2)
-    report["svd_float32"] = svd_rate(device, svd_side)
+        return
+    with report.attempt("tf32"), tf32(True):
+        report["tf32"] = matrix_rate(device, torch.float32, side)
+    with report.attempt("pcie"):
+        report["pcie"] = pcie_rates(device, over_pcie)
 
 
 if __name__ == "__main__":

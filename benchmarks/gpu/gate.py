@@ -53,10 +53,11 @@ class Stage:
 STAGES = (
     Stage("build", 75, "extension and an installation for this run"),
     Stage("ceilings", 20, "copy, matrix and PCIe rates"),
+    Stage("warm", 40, "kernels compiled"),
     Stage("round", 75, "round-7b, factors resident"),
     Stage("loop", 40, "the authors' loop on round-7b"),
-    Stage("layers", 75, "single layers against peers"),
-    Stage("roofline", 40, "each op against the ceilings"),
+    Stage("layers", 70, "single layers against peers"),
+    Stage("roofline", 35, "each op against the ceilings"),
     Stage("ncu", 40, "hardware counters of the kernels"),
     Stage("sanitize", 45, "memcheck of the kernels"),
     Stage("tests", TOTAL, "the test suite on the device"),
@@ -71,7 +72,7 @@ def tests_command(python: str, given: argparse.Namespace) -> list[str]:
     return [*command, "-n", str(max(1, min(12, (os.cpu_count() or 2) - 2)))]
 
 
-def test_counts(output: str) -> dict[str, Any]:
+def pytest_counts(output: str) -> dict[str, Any]:
     """What pytest's last lines say: counts, and the names of what failed."""
     words = re.findall(r"(\d+) (passed|failed|skipped|xfailed|errors?|deselected)\b", output)
     failed = [
@@ -107,7 +108,7 @@ def run_stage(stage: Stage, python: str, box: float, given: argparse.Namespace, 
     except json.JSONDecodeError as error:
         found = {"unreadable": str(error)}
     if stage.name == "tests":
-        found = test_counts(ran.output)
+        found = pytest_counts(ran.output)
     return judged(stage, ran, found, box)
 
 

@@ -65,7 +65,7 @@ def parent_packages() -> list[str]:
 
 def measure(options: Options, report: Report) -> None:
     """Install, and say what is there: extension, kernels, torch. A build without the extension fails."""
-    if options.quick:
+    if options.quick and not options.cuda:
         report.skip("a quick run takes the flexlora_fast of this Python")
         return
     python = make(VENV, ROOT)

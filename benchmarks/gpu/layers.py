@@ -12,7 +12,7 @@ from benchmarks import costs
 from benchmarks.gpu import stage
 from benchmarks.gpu.peers import FULL_SVD, GPU_METHODS, obstacle, pilot_rate, svd_flops
 from benchmarks.gpu.stage import Deadline, Options, Report, wall
-from benchmarks.peers import OURS, Answer
+from benchmarks.peers import ESTIMATED, OURS, Answer
 from benchmarks.truth import Truth
 from benchmarks.workloads import FULL, QUICK, Clients, Workload
 
@@ -22,9 +22,28 @@ _TURNS, _BUDGET = 9, 0.5
 _LONGEST = 12.0
 
 
-def reason_not_to_run(
-    name: str, workload: Workload, rates: dict[str, float], deadline: Deadline, options: Options
-) -> str | None:
+# Flop/s of a method, or why there is none.
+Rates = dict[str, float | str]
+
+
+def pilot_rates(options: Options) -> Rates:
+    """Of the methods whose time has to be predicted."""
+    rates: Rates = {}
+    for name in FULL_SVD:
+        if obstacle(name, options) is None:
+            try:
+                rates[name] = pilot_rate(name, options)
+            except Exception as error:
+                rates[name] = failure(error)
+    return rates
+
+
+def failure(error: Exception) -> str:
+    """Why a peer is not in the table: what it raised, in a line."""
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def reason_not_to_run(name: str, workload: Workload, rates: Rates, deadline: Deadline, options: Options) -> str | None:
     """Why a method is not run: what it lacks, its memory, or the time that it would take."""
     if reason := obstacle(name, options):
         return reason
@@ -33,7 +52,10 @@ def reason_not_to_run(
     if options.cuda and needed > torch.cuda.mem_get_info()[0]:
         return f"needs {needed / 2**30:.0f} GiB"
     if name in FULL_SVD:
-        predicted = svd_flops(layer) / rates[name]
+        rate = rates[name]
+        if isinstance(rate, str):
+            return rate
+        predicted = svd_flops(layer) / rate
         if predicted > min(_LONGEST, deadline.left):
             return f"predicted {predicted:.0f} s"
     elif name != OURS and deadline.left < 1:
@@ -76,7 +98,7 @@ def alternate(calls: dict[str, Callable[[], Answer]], rows: dict[str, dict[str, 
 
 
 def measure_layer(
-    workload: Workload, names: Sequence[str], rates: dict[str, float], options: Options, deadline: Deadline
+    workload: Workload, names: Sequence[str], rates: Rates, options: Options, deadline: Deadline
 ) -> dict[str, Any]:
     """What is found of some methods on one workload, as the CPU suite writes it."""
     clients = workload.clients(options.device)
@@ -88,10 +110,10 @@ def measure_layer(
             continue
         try:
             calls[name], rows[name] = first_run(name, clients, workload, truth, options.device)
-        except torch.cuda.OutOfMemoryError as error:
-            if name == OURS:
+        except Exception as error:  # whatever a peer raises, the others are still to be measured
+            if name in (OURS, ESTIMATED):
                 raise
-            not_run[name] = f"out of memory: {str(error).splitlines()[0]}"
+            not_run[name] = failure(error)
     tail = (truth.tail(workload.k) / truth.energy) ** 0.5
     del truth
     alternate(calls, rows, options.device, 2 if options.quick else _TURNS)
@@ -104,20 +126,20 @@ def measure(options: Options, report: Report) -> None:
     In that order, so that where full SVDs outlast the stage's time, nothing else is lost.
     """
     deadline = Deadline(0.85 * options.seconds)
-    rates = {name: pilot_rate(name, options) for name in FULL_SVD if obstacle(name, options) is None}
-    report["svd_rates"] = rates
+    rates = report["svd_rates"] = pilot_rates(options)
     workloads = QUICK if options.quick else FULL
     rows = {workload.name: layer_row(workload) for workload in workloads}
     report["layers"] = list(rows.values())
     for names in ([name for name in GPU_METHODS if name not in FULL_SVD], FULL_SVD):
         for workload in workloads:
-            found = measure_layer(workload, names, rates, options, deadline)
-            row = rows[workload.name]
-            row["shape"]["tail"] = found["tail"]
-            row["methods"] |= found["methods"]
-            row["not_run"] |= found["not_run"]
-            report.write()
-            print(f"{workload.name}: {', '.join(found['methods'])}; {deadline.left:.0f} s left", flush=True)
+            with report.attempt(f"{workload.name}: {names[0]} …"):
+                found = measure_layer(workload, names, rates, options, deadline)
+                row = rows[workload.name]
+                row["shape"]["tail"] = found["tail"]
+                row["methods"] |= found["methods"]
+                row["not_run"] |= found["not_run"]
+                report.write()
+                print(f"{workload.name}: {', '.join(found['methods'])}; {deadline.left:.0f} s left", flush=True)
             if options.cuda:
                 torch.cuda.empty_cache()
 

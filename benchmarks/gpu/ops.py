@@ -20,8 +20,8 @@ from flexlora_fast.stack import Block, Stack
 
 # What the kernels can compute in, with factors of each type, most accurate first.
 PRECISIONS = {torch.bfloat16: ("bf16x3", "bf16"), torch.float32: ("tf32x3", "tf32")}
-# A precision's element products per multiplication, and whose measured rate bounds them.
-WORK = {
+# A precision's products for each multiplication of the formula, and whose measured rate bounds them.
+_WORK = {
     "float32": (1, "float32"),
     "bf16x3": (3, "bf16"),
     "bf16": (1, "bf16"),
@@ -34,6 +34,15 @@ SMALL: tuple[tuple[Any, str], ...] = ((reference, "orthonormalize"), (reference,
 KERNELS = ("contract_kernel", "combine_kernel", "gram_kernel", "materialize_kernel", "pack_kernel", "sum_parts_kernel")
 
 Op = Callable[[], object]
+
+
+def products(op: str, precision: str) -> tuple[int, str]:
+    """How many products the precision takes for one of the op's, and on which unit.
+
+    A Gram multiplies factors with each other: where both are bfloat16, one product is exact.
+    """
+    count, unit = _WORK[precision]
+    return (1 if (op, precision) == ("gram", "bf16x3") else count), unit
 
 
 def kernels_obstacle() -> str | None:
@@ -120,8 +129,8 @@ def answer(update: ff.GlobalUpdate, layer: str) -> Answer:
 
 
 def phases(update: ff.GlobalUpdate) -> Mapping[str, float]:
-    """Seconds of the round's parts, as the round itself reports them."""
-    return update.seconds
+    """Seconds of the round's parts, as the round itself reports them; not those before ``finish``."""
+    return {name: seconds for name, seconds in update.seconds.items() if name != "collect"}
 
 
 def client_factors(

@@ -109,8 +109,9 @@ def measure(options: Options, report: Report) -> None:
     deadline = Deadline(0.9 * options.seconds)
     rate = pilot_rate(AUTHORS, options)
     for name, round_ in rounds(options.quick).items():
-        report[name] = time_loop(round_, rate, options, deadline)
-        print(f"{name}: {report[name]['total_seconds'] or 0:.4g} s for all layers", flush=True)
+        with report.attempt(name):
+            report[name] = time_loop(round_, rate, options, deadline)
+            print(f"{name}: {report[name]['total_seconds']} s for all layers", flush=True)
 
 
 if __name__ == "__main__":

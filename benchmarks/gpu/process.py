@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 
 from benchmarks.gpu.commit import ROOT
 
-_POLL = 0.05
+_POLL = 0.1
 # Seconds between an interrupt, at which pytest still says what it found, and the end.
 _GRACE = 8.0
 _COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
@@ -57,7 +58,7 @@ class Show:
     def tick(self, name: str, seconds: float, last: str) -> None:
         """A stage is still running."""
         if self.status is not None:
-            self.status.update(f"{name}: {seconds:.0f} s  [dim]{last[:80]}[/dim]")
+            self.status.update(f"{name}: {seconds:.0f} s  [dim]{escape(last[:80])}[/dim]")
 
     def end(self, name: str, record: Mapping[str, Any]) -> None:
         """A stage has ended."""

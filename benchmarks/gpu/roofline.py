@@ -16,10 +16,13 @@ from benchmarks.gpu.ceilings import tf32
 from benchmarks.gpu.stage import NEEDS_GPU, Deadline, Options, Report, median_seconds
 
 # Layers, m, n, ranks: 0.8 GB of bfloat16 factors; and a size for the CPU.
-_SIZE = (32, 4096, 4096, (16,) * 100)
+SIZE = (32, 4096, 4096, (16,) * 100)
 _TINY = (2, 64, 48, (4,) * 3)
-# Columns of X.
-WIDTHS = (16, 80, 256)
+# Columns of X. Uploads are bfloat16: of float32 factors one width is enough.
+WIDTHS = {torch.bfloat16: (16, 80, 256), torch.float32: (80,)}
+
+# The width at which ops are measured that do not depend on it.
+_ALONE = 80
 
 Size = tuple[int, int, int, int]
 
@@ -44,9 +47,11 @@ def work(op: str, size: Size, width: int, factor_bytes: int, thin_bytes: int) ->
     raise ValueError(f"{op!r} has no formula: add it to benchmarks.gpu.roofline.work")
 
 
-def placed(flops: float, moved: float, seconds: float, precision: str, ceilings: dict[str, Any]) -> dict[str, Any]:
+def placed(
+    op: str, precision: str, flops: float, moved: float, seconds: float, ceilings: dict[str, Any]
+) -> dict[str, Any]:
     """Where a measurement lies: what bounds the op, and how much of that ceiling it reaches."""
-    products, unit = ops.WORK[precision]
+    products, unit = ops.products(op, precision)
     row: dict[str, Any] = {"flops": flops, "bytes": moved, "seconds": seconds}
     if not isinstance(ceilings.get("copy"), float) or not isinstance(ceilings.get(unit), float):
         return row | {
@@ -61,22 +66,23 @@ def placed(flops: float, moved: float, seconds: float, precision: str, ceilings:
 
 
 def measure_ops(calls: dict[str, ops.Op], about: dict[str, Any], size: Size, options: Options, report: Report) -> None:
-    """One row for each op; those that X's width does not touch at the first width only."""
+    """One row for each op; those that X's width does not touch at one width only."""
     width, precision = about["width"], about["precision"]
     thin = 2 if precision == "bf16" else 4
     for op, call in calls.items():
-        if op in ("gram", "materialize", "pack") and width != WIDTHS[0]:
+        if op in ("gram", "materialize", "pack") and width != _ALONE:
             continue
-        seconds = median_seconds(call, options.device, repeats=5 if op != "pack" else 3, warm_up=2)
-        flops, moved = work(op, size, width, about["factor_bytes"], thin)
-        row = placed(flops, moved, seconds, precision, options.found("ceilings"))
-        report["rows"].append({"op": op} | about | row)
-        report.write()
+        with report.attempt(f"{op} by {about['by']}, {precision}, {width} columns"):
+            seconds = median_seconds(call, options.device, repeats=5, warm_up=2)
+            flops, moved = work(op, size, width, about["factor_bytes"], thin)
+            row = placed(op, precision, flops, moved, seconds, options.found("ceilings"))
+            report["rows"].append({"op": op} | about | row)
+            report.write()
 
 
 def measure(options: Options, report: Report) -> None:
     deadline = Deadline(0.85 * options.seconds)
-    L, m, n, ranks = _TINY if options.quick else _SIZE
+    L, m, n, ranks = _TINY if options.quick else SIZE
     size = (L, m, n, sum(ranks))
     report["size"] = {"layers": L, "m": m, "n": n, "R": sum(ranks), "clients": len(ranks)}
     report["rows"], report["not_run"] = [], {}
@@ -87,7 +93,7 @@ def measure(options: Options, report: Report) -> None:
     for dtype, precisions in ops.PRECISIONS.items():
         factors = ops.stacks(L, m, n, ranks, dtype, options.device)
         about = {"factors": str(dtype).removeprefix("torch."), "factor_bytes": dtype.itemsize}
-        for width in WIDTHS:
+        for width in WIDTHS[dtype]:
             X, Y = (torch.randn(L, side, width, device=options.device) for side in (n, m))
             named = "bf16" if dtype == torch.bfloat16 else "float32"
             if deadline.left < 0:

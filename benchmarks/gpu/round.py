@@ -75,25 +75,21 @@ def small_share(call: Callable[[], object], device: str) -> dict[str, Any]:
     return {"share": watcher.seconds / seconds, "seconds": watcher.seconds, "calls": len(watcher.spans)}
 
 
-def kernel_times(call: Callable[[], object], most: int = 12) -> list[dict[str, Any]]:
-    """The kernels of one run that take the most device time, by torch's profiler."""
+def kernel_times(call: Callable[[], object], most: int = 12) -> dict[str, Any]:
+    """Device time of one run by torch's profiler: in all, and of the kernels that take the most."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
     events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-    total = sum(e.self_device_time_total for e in events) or 1
     events.sort(key=lambda e: -e.self_device_time_total)
-    return [
-        {
-            "kernel": e.key[:120],
-            "seconds": e.self_device_time_total / 1e6,
-            "calls": e.count,
-            "share": e.self_device_time_total / total,
-        }
-        for e in events[:most]
-    ]
+    return {
+        "device_seconds": sum(e.self_device_time_total for e in events) / 1e6,
+        "kernels": [
+            {"kernel": e.key[:120], "seconds": e.self_device_time_total / 1e6, "calls": e.count} for e in events[:most]
+        ],
+    }
 
 
 def timed(call: Finish, options: Options, row: dict[str, Any]) -> ff.GlobalUpdate:
@@ -115,7 +111,7 @@ def watched(call: Finish, device: str, row: dict[str, Any]) -> None:
     call()
     row["peak_bytes"] = torch.cuda.max_memory_allocated() - resident
     row["small"] = small_share(call, device)
-    row["kernels"] = kernel_times(call)
+    row |= kernel_times(call)
 
 
 def measure_round(round_: ModelRound, options: Options, report: Report, name: str) -> None:
@@ -137,14 +133,15 @@ def measure_round(round_: ModelRound, options: Options, report: Report, name: st
     if options.cuda:
         watched(call, options.device, row)
     else:
-        row |= {"peak_bytes": None, "small": {"share": None, "why": NEEDS_GPU}, "kernels": []}
+        row |= {"peak_bytes": None, "small": {"share": None, "why": NEEDS_GPU}, "device_seconds": None}
     report.write()
 
 
 def measure(options: Options, report: Report) -> None:
     for name, round_ in rounds(options.quick).items():
-        measure_round(round_, options, report, name)
-        print(f"{name}: {report[name]['seconds']:.4g} s", flush=True)
+        with report.attempt(name):
+            measure_round(round_, options, report, name)
+            print(f"{name}: {report[name]['seconds']:.4g} s", flush=True)
         gc.collect()
         if options.cuda:
             torch.cuda.empty_cache()

@@ -12,8 +12,14 @@ import torch
 from benchmarks.gpu import ops, stage, tools
 from benchmarks.gpu.stage import NEEDS_GPU, Deadline, Options, Report
 
-# L, m, n, ranks, width of X: remainders everywhere, rank 1, and one whole tile.
-CASES = ((2, 65, 130, (1, 7, 30), 5), (1, 64, 128, (16, 16), 16))
+# L, m, n, ranks, width of X: remainders everywhere and rank 1; and whole tiles.
+AWKWARD, WHOLE = (2, 65, 130, (1, 7, 30), 5), (1, 64, 128, (16, 16), 16)
+# Factors, precision, size: each is compiled and then run under the sanitizer, and time is short.
+CASES = (
+    *((torch.bfloat16, precision, AWKWARD) for precision in ("bf16x3", "bf16", "float32")),
+    (torch.bfloat16, "bf16x3", WHOLE),
+    (torch.float32, "tf32x3", AWKWARD),
+)
 # The sanitizer's own; any other code is the program's.
 FOUND = 99
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
@@ -21,18 +27,16 @@ _ERROR = re.compile(r"={9} (Invalid \S+ (?:read|write).*|Misaligned .*|.*Program
 
 
 def run_cases(device: str) -> int:
-    """Every op, factor type and precision at every size; how many ran. That they are right is for the tests."""
+    """Every op in every case; how many ran. That they are right is for the tests."""
     count = 0
-    for dtype, precisions in ops.PRECISIONS.items():
-        for precision in ("float32", *precisions):
-            for L, m, n, ranks, width in CASES:
-                factors = ops.stacks(L, m, n, ranks, dtype, device)
-                X, Y = (torch.randn(L, side, width, device=device) for side in (n, m))
-                for op, call in ops.kernel_ops(factors, X, Y, precision).items():
-                    call()
-                    torch.cuda.synchronize()
-                    count += 1
-                    print(f"case {count}: {op} {precision} {dtype} {(L, m, n, ranks, width)}", flush=True)
+    for dtype, precision, (L, m, n, ranks, width) in CASES:
+        factors = ops.stacks(L, m, n, ranks, dtype, device)
+        X, Y = (torch.randn(L, side, width, device=device) for side in (n, m))
+        for op, call in ops.kernel_ops(factors, X, Y, precision).items():
+            call()
+            stage.synchronize(device)
+            count += 1
+            print(f"case {count}: {op} {precision} {dtype} {(L, m, n, ranks, width)}", flush=True)
     return count
 
 

@@ -11,8 +11,11 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,16 @@ class Report(dict[str, Any]):
         scratch.write_text(json.dumps(self, indent=1) + "\n")
         os.replace(scratch, self.file)
 
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """A part whose failure is reported, fails the stage in the end, and keeps no other part from running."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.setdefault("errors", {})[what] = f"{type(error).__name__}: {error}"[:500]
+            self.write()
+
     def skip(self, reason: str) -> None:
         """Say why this stage has nothing to report."""
         self["skipped"] = reason
@@ -85,7 +98,10 @@ def run(body: Callable[[Options, Report], None]) -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="time limit, for the stage to plan with")
     parser.add_argument("--out", type=Path, required=True, help="the report, JSON")
     given = parser.parse_args()
-    body(Options(given.device, given.quick, given.seconds, given.out), Report(given.out))
+    report = Report(given.out)
+    body(Options(given.device, given.quick, given.seconds, given.out), report)
+    if errors := report.get("errors"):
+        sys.exit("; ".join(f"{what}: {error}" for what, error in errors.items())[:280])
 
 
 def synchronize(device: str) -> None:

@@ -65,7 +65,7 @@ def round_table(results: Results) -> str:
     """round-7b at either rank."""
     body = []
     for name, row in data(results, "round").items():
-        if "seconds" not in row:
+        if "seconds" not in row:  # errors, or a round that did not come to its end
             continue
         small, floor, peak = row.get("small", {}).get("share"), row.get("floor_seconds"), row.get("peak_bytes")
         loop = data(results, "loop").get(name, {}).get("total_seconds")
@@ -73,6 +73,7 @@ def round_table(results: Results) -> str:
             [
                 f"{row['layers']} layers, {name}, k {row['k']}, {row['bytes'] / 1e9:.2g} GB",
                 seconds(row["seconds"]),
+                "–" if row.get("device_seconds") is None else seconds(row["device_seconds"]),
                 "–" if floor is None else seconds(floor),
                 f"{max(row['excess'].values()):.0e}" if row.get("excess") else "–",
                 percent(small),
@@ -80,7 +81,16 @@ def round_table(results: Results) -> str:
                 "–" if loop is None else f"{seconds(loop)} ({loop / row['seconds']:,.0f}×)",
             ]
         )
-    header = ["*round-7b*, resident", "all layers", "floor", "excess", "small problems", "memory", "authors' loop"]
+    header = [
+        "*round-7b*, resident",
+        "all layers",
+        "on the device",
+        "floor",
+        "excess",
+        "small problems",
+        "memory",
+        "authors' loop",
+    ]
     return markdown(header, body) if body else ""
 
 
