@@ -104,7 +104,7 @@ def assert_right(case: Case, update: ff.GlobalUpdate, clients: Sequence[Client],
 
 
 def assert_identical(one: ff.GlobalUpdate, two: ff.GlobalUpdate) -> None:
-    """Bit for bit the same result; wall times aside."""
+    """Bit for bit the same result, wherever its vectors are; wall times aside."""
     assert one.layers == two.layers
     assert one.extras.keys() == two.extras.keys() and one.template == two.template
     assert all(torch.equal(one.extras[key], two.extras[key]) for key in one.extras)
@@ -115,7 +115,7 @@ def assert_identical(one: ff.GlobalUpdate, two: ff.GlobalUpdate) -> None:
         pairs = [(getattr(a.factorization, x), getattr(b.factorization, x)) for x in ("U", "S", "V", "energy")]
         pairs += list(zip(a.averaged or (), b.averaged or (), strict=True))
         pairs += [] if a.bias is None and b.bias is None else [(a.bias, b.bias)]
-        assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs), layer
+        assert all(x.dtype == y.dtype and torch.equal(x.cpu(), y.cpu()) for x, y in pairs), layer
 
 
 # -- the clauses ---
@@ -293,12 +293,12 @@ def check_splits(case: Case) -> None:
         if case.sliced:  # they keep the basis that the clients averaged
             continue
         kept = min(rank, update[layer].factorization.S.shape[1])
-        A, B = made["B"].factors(layer)[0], made["A"].factors(layer)[1]
+        A, B = made["B"].factors(layer)[0].cpu(), made["A"].factors(layer)[1].cpu()
         eye = torch.eye(kept)
         assert (A[:, :kept] @ A[:, :kept].mT - eye).abs().max() <= EXACT
         assert (B[:, :, :kept].mT @ B[:, :, :kept] - eye).abs().max() <= EXACT
-        A, B = made["balanced"].factors(layer)
-        live = update[layer].factorization.S[:, :kept] > 0
+        A, B = (X.cpu() for X in made["balanced"].factors(layer))
+        live = update[layer].factorization.S[:, :kept].cpu() > 0
         even = (A[:, :kept].norm(dim=2) - B[:, :, :kept].norm(dim=1))[live]
         assert even.abs().max() <= EXACT * float(A.norm())
 

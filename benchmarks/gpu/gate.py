@@ -109,7 +109,8 @@ def run_stage(stage: Stage, python: str, box: float, given: argparse.Namespace, 
         found = {"unreadable": str(error)}
     if stage.name == "tests":
         found = pytest_counts(ran.output)
-    return judged(stage, ran, found, box)
+    # The results are kept for others: nothing in them about whose machine it was.
+    return json.loads(json.dumps(judged(stage, ran, found, box)).replace(json.dumps(str(ROOT))[1:-1], "."))
 
 
 def run_all(given: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def run_all(given: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> dict
         else:
             # Where the installation failed, stages are still tried with the Python that was given.
             built = results["stages"].get("build", {}).get("data", {}).get("python")
-            python = given.python if stage.name == "build" else built or given.python
+            python = str(ROOT / built) if built and stage.name != "build" else given.python
             record = run_stage(stage, python, box, given, show)
         results["stages"][stage.name] = record
         results["seconds"] = round(time.monotonic() - start, 1)
@@ -163,12 +164,11 @@ def keep(results: dict[str, Any], work: Path) -> None:
 
 
 def results_file(results: dict[str, Any], given: argparse.Namespace) -> Path:
-    """Where the results belong: with those of this GPU, unless it was only a trial."""
+    """Where the results belong: with those of this GPU, unless it was only a trial, or there was none."""
     if given.results:
         return Path(given.results)
-    if given.quick:
-        return given.work / table.NAME
-    return ROOT / table.folder_of(results) / table.NAME
+    folder = None if given.quick else table.folder_of(results)
+    return given.work / table.NAME if folder is None else ROOT / folder / table.NAME
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

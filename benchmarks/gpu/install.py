@@ -74,11 +74,12 @@ def measure(options: Options, report: Report) -> None:
     if done.returncode != 0:
         sys.exit("the installed package cannot be imported")
     found = json.loads(done.stdout.splitlines()[-1])
-    report.update(found)
-    report["python"] = python  # the stages that follow take it
+    package = Path(found.pop("package")).resolve()
     print(json.dumps(found), flush=True)
-    if Path(found["package"]).resolve().parents[1] != ROOT:
-        sys.exit(f"flexlora_fast is imported from {found['package']}, not from {ROOT}")
+    report.update(found)
+    report["python"] = str(Path(python).relative_to(ROOT))  # the stages that follow take it
+    if package.parents[1] != ROOT:
+        sys.exit(f"flexlora_fast is imported from {package}, not from {ROOT}")
     if found["extension"] != "built":
         sys.exit(f"the extension: {found['extension']}")
     if options.cuda and found["kernels"] != "usable":

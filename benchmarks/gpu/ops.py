@@ -5,9 +5,12 @@ Where an op, the round or the small problems move, this file moves with them, an
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +18,6 @@ from torch import Tensor
 import flexlora_fast as ff
 from benchmarks.peers import Answer
 from benchmarks.workloads import Clients
-from flexlora_fast.backends import reference
 from flexlora_fast.stack import Block, Stack
 
 # What the kernels can compute in, with factors of each type, most accurate first.
@@ -28,8 +30,14 @@ _WORK = {
     "tf32x3": (3, "tf32"),
     "tf32": (1, "tf32"),
 }
-# Functions, looked up in their module at each call, that solve the small problems of a round.
-SMALL: tuple[tuple[Any, str], ...] = ((reference, "orthonormalize"), (reference, "eigh_small"))
+# Functions, looked up in their module at each call, that solve the small problems of a round: in the
+# solver of whole groups, and in those of single layers.
+SMALL = (
+    ("flexlora_fast.lowrank.filtered", "_eigh"),
+    ("flexlora_fast.lowrank.filtered", "_whitening"),
+    ("flexlora_fast.backends.reference", "orthonormalize"),
+    ("flexlora_fast.backends.reference", "eigh_small"),
+)
 # The names of the kernels, for profilers.
 KERNELS = ("contract_kernel", "combine_kernel", "gram_kernel", "materialize_kernel", "pack_kernel", "sum_parts_kernel")
 
@@ -108,12 +116,30 @@ def prepared_round(
     weights: Sequence[float],
     k: int,
     device: str,
+    certificate: Literal["exact", "estimate"] = "exact",
 ) -> Callable[[], ff.GlobalUpdate]:
     """All clients taken in, their factors where they were drawn; the call finishes the round, as often as wanted."""
-    aggregator = ff.Aggregator(rank=k, device=device, read="finish", progress=False)
+    aggregator = ff.Aggregator(rank=k, device=device, read="finish", progress=False, certificate=certificate)
     for i, (state, config, weight) in enumerate(zip(states, configs, weights, strict=True)):
         aggregator.add(ff.Adapter.from_state_dict(state, config), weight, client=f"client-{i:05d}")
     return aggregator.finish
+
+
+def prepared_layer(
+    clients: Clients, k: int, certificate: Literal["exact", "estimate"] = "exact"
+) -> Callable[[], Answer]:
+    """The same for a single layer: through the public face, so that the planner chooses as in any round."""
+    name, K = "layer.fc", len(clients)
+    keys = {side: f"base_model.model.{name}.lora_{side}.weight" for side in "AB"}
+    states = [{keys["A"]: A, keys["B"]: B} for B, A, _ in clients]
+    ranks = [A.shape[0] for _, A, _ in clients]
+    # w is 1/K for each, so that w·s = c.
+    configs = [
+        {"peft_type": "LORA", "r": r, "lora_alpha": c * K * r, "target_modules": ["fc"]}
+        for r, (_, _, c) in zip(ranks, clients, strict=True)
+    ]
+    finish = prepared_round(states, configs, [1.0] * K, k, str(clients[0][0].device), certificate)
+    return lambda: answer(finish(), name)
 
 
 def triplets(update: ff.GlobalUpdate, layer: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +151,7 @@ def triplets(update: ff.GlobalUpdate, layer: str) -> tuple[Tensor, Tensor, Tenso
 def answer(update: ff.GlobalUpdate, layer: str) -> Answer:
     """B (m, k) with all of S, A (k, n) of one layer."""
     U, S, V = triplets(update, layer)
-    return Answer(U * S.float(), V.T, update[layer].solver, update[layer].iterations)
+    return Answer(U * S.to(U), V.T, update[layer].solver, update[layer].iterations)
 
 
 def phases(update: ff.GlobalUpdate) -> Mapping[str, float]:
@@ -149,16 +175,21 @@ def client_factors(
 
 
 class SmallProblems:
-    """Device time spent in ``SMALL`` while :meth:`watch` is on, by CUDA events around every outermost call."""
+    """Device time spent in ``SMALL`` while :meth:`watch` is on, by CUDA events around every outermost call.
+
+    ``absent``: names of ``SMALL`` that this engine does not have.
+    """
 
     def __init__(self) -> None:
         self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.absent = [f"{module}.{name}" for module, name in SMALL if _function(module, name) is None]
         self._depth = 0
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Count every call from here on, on a GPU. Calls recorded into a CUDA graph leave no span."""
-        originals = [(module, name, getattr(module, name)) for module, name in SMALL]
+        found = [(module, name, _function(module, name)) for module, name in SMALL]
+        originals = [(sys.modules[module], name, call) for module, name, call in found if call is not None]
         try:
             for module, name, original in originals:
                 setattr(module, name, self._timed(original))
@@ -188,3 +219,10 @@ class SmallProblems:
         """Of all spans; waits for the device."""
         torch.cuda.synchronize()
         return sum(start.elapsed_time(end) for start, end in self.spans) / 1e3
+
+
+def _function(module: str, name: str) -> Callable[..., Any] | None:
+    """A function by its name; None where the engine has none of it."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    return getattr(importlib.import_module(module), name, None)

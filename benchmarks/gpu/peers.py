@@ -7,6 +7,7 @@ Run as a stage, it times the FlexLoRA authors' loop on one layer of each shape o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,19 +36,18 @@ def cupy_svd(clients: Clients, k: int) -> Answer:
     return Answer(torch.from_dlpack(U[:, :k] * S[:k]), torch.from_dlpack(Vh[:k]))
 
 
+# Each prepares (untimed) and returns the call to time; ours takes the clients in first, as the round does.
 GPU_METHODS: dict[str, Callable[[Clients, int], Callable[[], Answer]]] = {
-    name: METHODS[name]
-    for name in (
-        OURS,
-        ESTIMATED,
-        AUTHORS,
-        "PEFT add_weighted_adapter",
-        "dense + linalg.svd",
-        "dense + svd_lowrank",
-        "QR + QR + core SVD",
-        "two-stage sketch",
-    )
-} | {CUPY: lambda clients, k: lambda: cupy_svd(clients, k)}
+    OURS: ops.prepared_layer,
+    ESTIMATED: functools.partial(ops.prepared_layer, certificate="estimate"),
+    AUTHORS: METHODS[AUTHORS],
+    "PEFT add_weighted_adapter": METHODS["PEFT add_weighted_adapter"],
+    "dense + linalg.svd": METHODS["dense + linalg.svd"],
+    CUPY: lambda clients, k: lambda: cupy_svd(clients, k),
+    "dense + svd_lowrank": METHODS["dense + svd_lowrank"],
+    "QR + QR + core SVD": METHODS["QR + QR + core SVD"],
+    "two-stage sketch": METHODS["two-stage sketch"],
+}
 # Their time is a full SVD's, which is seconds: predicted before it is spent.
 FULL_SVD = (AUTHORS, "PEFT add_weighted_adapter", "dense + linalg.svd", CUPY)
 

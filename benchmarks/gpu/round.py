@@ -72,7 +72,8 @@ def small_share(call: Callable[[], object], device: str) -> dict[str, Any]:
     if not watcher.spans:
         names = ", ".join(name for _, name in ops.SMALL)
         return {"share": None, "why": f"no call of {names} was seen: the engine's small problems are elsewhere"}
-    return {"share": watcher.seconds / seconds, "seconds": watcher.seconds, "calls": len(watcher.spans)}
+    found = {"share": watcher.seconds / seconds, "seconds": watcher.seconds, "calls": len(watcher.spans)}
+    return found | {"absent": watcher.absent}
 
 
 def kernel_times(call: Callable[[], object], most: int = 12) -> dict[str, Any]:

@@ -25,11 +25,11 @@ OURS = "flexlora_fast"
 _VISIBLE = 1e-4
 
 
-def folder_of(results: Results) -> Path:
-    """Where results of this GPU are kept: "NVIDIA H200" -> benchmarks/results/h200."""
-    name = data(results, "ceilings").get("machine", {}).get("device", "unknown-gpu")
+def folder_of(results: Results) -> Path | None:
+    """Where results of this GPU are kept: "NVIDIA H200" -> benchmarks/results/h200. None where none was seen."""
+    name = data(results, "ceilings").get("machine", {}).get("device", "")
     words = re.sub(r"[^a-z0-9]+", "-", name.lower().removeprefix("nvidia ")).strip("-")
-    return FOLDER / (words or "unknown-gpu")
+    return FOLDER / words if words else None
 
 
 def rate(value: Any, unit: str) -> str:
