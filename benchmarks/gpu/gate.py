@@ -100,6 +100,8 @@ def run_stage(stage: Stage, python: str, box: float, given: argparse.Namespace, 
     """Run a stage and read its report, whatever became of it."""
     report = given.work / f"{stage.name}.json"
     environment = install.environment(given.python)
+    if stage.name == "tests":  # many processes of small matrices: threads would only compete
+        environment["OMP_NUM_THREADS"] = "1"
     ran = process.run(
         stage.command(python, box, given, report), box, given.work / f"{stage.name}.log", environment, show
     )
