@@ -57,7 +57,9 @@ def test_a_quick_run_on_the_cpu_measures_what_needs_no_gpu(tmp_path: Path) -> No
     for row in targets.data(results, "round").values():
         assert row["identical"] and max(row["excess"].values()) <= 1e-3
         assert row["seconds"] > 0 and row["floor_seconds"] > 0 and row["small"]["why"] == stage.NEEDS_GPU
-    for row in targets.data(results, "loop").values():
+    loop = targets.data(results, "loop")
+    assert loop.pop("pilot_flops_per_second") > 0 and loop.keys() == targets.data(results, "round").keys()
+    for row in loop.values():
         assert row["total_seconds"] == pytest.approx(sum(x["seconds"] * x["count"] for x in row["layers"].values()))
         assert sum(x["count"] for x in row["layers"].values()) == 14
     for row in targets.data(results, "layers")["layers"]:

@@ -51,11 +51,11 @@ class Stage:
 
 
 STAGES = (
-    Stage("build", 75, "extension and an installation for this run"),
+    Stage("build", 70, "extension and an installation for this run"),
     Stage("ceilings", 20, "copy, matrix and PCIe rates"),
     Stage("warm", 40, "kernels compiled"),
-    Stage("round", 75, "round-7b, factors resident"),
-    Stage("loop", 40, "the authors' loop on round-7b"),
+    Stage("round", 70, "round-7b, factors resident"),
+    Stage("loop", 60, "the authors' loop on round-7b"),
     Stage("layers", 70, "single layers against peers"),
     Stage("roofline", 35, "each op against the ceilings"),
     Stage("ncu", 40, "hardware counters of the kernels"),

@@ -81,22 +81,28 @@ def svd_flops(layer: costs.Layer) -> float:
     return costs.full_svd_flops(layer.m, layer.n)
 
 
-def time_loop(round_: ModelRound, rate: float, options: Options, deadline: Deadline) -> dict[str, Any]:
-    """The authors' loop on a layer of each shape: seconds each, and times their number. ``rate``: the pilot's."""
+def time_loop(round_: ModelRound, options: Options, deadline: Deadline) -> dict[str, Any]:
+    """The authors' loop on a layer of each shape, smallest first: seconds each, and times their number.
+
+    A larger shape is left out where it would outlast the time, at the rate of those before it.
+    """
     shapes = one_of_each(round_)
     only = {name for name, _ in shapes.values()}
     narrow = dataclasses.replace(round_, layers=tuple(layer for layer in round_.layers if layer[0] in only))
     states = list(models.drawn(narrow, options.device))
     configs = [models.config(round_, rank) for rank in round_.ranks]
     rows: dict[str, Any] = {}
-    for (m, n), (name, count) in shapes.items():
-        predicted = costs.full_svd_flops(m, n) / rate
-        if predicted > deadline.left:
-            rows[f"{m}x{n}"] = {"not_run": f"predicted {predicted:.0f} s, {deadline.left:.0f} s left", "count": count}
+    rate = float("inf")
+    for (m, n), (name, count) in sorted(shapes.items(), key=lambda item: item[0][0] * item[0][1]):
+        flops = costs.full_svd_flops(m, n)
+        if flops / rate > deadline.left:
+            why = f"predicted {flops / rate:.0f} s, {deadline.left:.0f} s left"
+            rows[f"{m}x{n}"] = {"not_run": why, "count": count}
             continue
         clients = [(B.float(), A.float(), c) for B, A, c in ops.client_factors(states, configs, round_.weights(), name)]
-        call = GPU_METHODS[AUTHORS](clients, kept(options.quick))
-        rows[f"{m}x{n}"] = {"seconds": wall(call, options.device), "count": count}
+        seconds = wall(GPU_METHODS[AUTHORS](clients, kept(options.quick)), options.device)
+        rows[f"{m}x{n}"] = {"seconds": seconds, "count": count}
+        rate = flops / seconds
     complete = all("seconds" in row for row in rows.values())
     return {
         "how": "one layer of each shape timed once, times how many there are",
@@ -106,11 +112,11 @@ def time_loop(round_: ModelRound, rate: float, options: Options, deadline: Deadl
 
 
 def measure(options: Options, report: Report) -> None:
-    deadline = Deadline(0.9 * options.seconds)
-    rate = pilot_rate(AUTHORS, options)
+    deadline = Deadline(0.85 * options.seconds)
+    report["pilot_flops_per_second"] = pilot_rate(AUTHORS, options)  # and its libraries are loaded
     for name, round_ in rounds(options.quick).items():
         with report.attempt(name):
-            report[name] = time_loop(round_, rate, options, deadline)
+            report[name] = time_loop(round_, options, deadline)
             print(f"{name}: {report[name]['total_seconds']} s for all layers", flush=True)
 
 
