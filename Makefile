@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH_FLAGS ?=
 # pytest processes. Each runs torch on one thread: the tests' matrices are small, and threads would only compete.
 JOBS ?= 2
+# For `make gpu`: the Python that has torch with CUDA, Triton and the peers; nothing is installed into it or fetched.
+GPU_PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +17,7 @@ BENCH := $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,rounds
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all check demo bench bench-quick calibrate clean
+.PHONY: help venv test test-all check demo bench bench-quick gpu calibrate clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,10 +70,13 @@ bench-quick: venv  ## The same suite at small sizes, in about a minute
 	OMP_NUM_THREADS=1 $(BENCH) --quick --benchmark-json=.bench-data/quick.json
 	$(BIN)/python -m benchmarks.table --print .bench-data/quick.json
 
+gpu:  ## Build, measure, check and test on a GPU, without a network, in 8 minutes: benchmarks/results/<its name>
+	$(GPU_PYTHON) -m benchmarks.gpu.gate
+
 calibrate: venv  ## Measure this machine for the planner's cost model
 	$(BIN)/python -m flexlora_fast.lowrank.calibrate
 
 clean:  ## Remove what was built; .venv and downloads stay
-	rm -rf build dist *.egg-info flexlora_fast/_C*.so flexlora_fast/_build_info.json $(VENV)/.built
+	rm -rf build dist .venv-gpu *.egg-info flexlora_fast/_C*.so flexlora_fast/_build_info.json $(VENV)/.built
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -72,28 +74,34 @@ SCALE_CLIENTS = {False: (10, 100, 1000, 10_000), True: (4, 40)}
 
 
 def write(round_: ModelRound, root: Path) -> list[Path]:
-    """The clients' folders under ``root``, written once; those of an earlier run with the same sizes are kept.
-
-    Drawing 4e9 Gaussians would take minutes, so factors are slices of one pool of them at addressed offsets. Clients
-    share a subspace with σ ∝ 1/j, plus 30 % noise, as in the "decay" workloads.
-    """
+    """The clients' folders under ``root``, written once; those of an earlier run with the same sizes are kept."""
     folders = round_.folders(root)
     note, about = root / round_.name / "round.json", json.dumps(asdict(round_))
     if note.is_file() and note.read_text() == about:
         return folders
     note.parent.mkdir(parents=True, exist_ok=True)
     note.unlink(missing_ok=True)
-    g = torch.Generator().manual_seed(0)
-    largest = max(round_.ranks) * max(max(m, n) for _, m, n in round_.layers)
-    pool = torch.randn(min(_POOL, 64 * largest) + largest, generator=g).bfloat16()
-    for i, (folder, rank) in enumerate(zip(folders, round_.ranks, strict=True)):
+    for folder, rank, tensors in zip(folders, round_.ranks, drawn(round_), strict=True):
         folder.mkdir(exist_ok=True)
-        save_file(_client(round_, rank, i, pool, largest), folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(json.dumps(_config(round_, rank)))
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(config(round_, rank)))
     if hasattr(os, "sync"):
         os.sync()  # pages not yet on disk could not be dropped from memory
     note.write_text(about)
     return folders
+
+
+def drawn(round_: ModelRound, device: str = "cpu") -> Iterator[dict[str, Tensor]]:
+    """Every client's state dict in turn, bfloat16, drawn on ``device`` and left there.
+
+    Drawing 4e9 Gaussians would take minutes, so factors are slices of one pool of them at addressed offsets. Clients
+    share a subspace with σ ∝ 1/j, plus 30 % noise, as in the "decay" workloads.
+    """
+    g = torch.Generator(device).manual_seed(0)
+    largest = max(round_.ranks) * max(max(m, n) for _, m, n in round_.layers)
+    pool = torch.randn(min(_POOL, 64 * largest) + largest, generator=g, device=device).bfloat16()
+    for i, rank in enumerate(round_.ranks):
+        yield _client(round_, rank, i, pool, largest)
 
 
 def _client(round_: ModelRound, rank: int, client: int, pool: Tensor, largest: int) -> dict[str, Tensor]:
@@ -102,7 +110,7 @@ def _client(round_: ModelRound, rank: int, client: int, pool: Tensor, largest: i
     shared = torch.Generator().manual_seed(0)
     room = pool.numel() - largest
     top = max(round_.ranks)
-    decay = torch.arange(1, rank + 1).reciprocal().bfloat16()
+    decay = torch.arange(1, rank + 1, device=pool.device).reciprocal().bfloat16()
 
     def slice_of(rows: int, columns: int, generator: torch.Generator) -> Tensor:
         start = int(torch.randint(room, (1,), generator=generator))
@@ -117,6 +125,7 @@ def _client(round_: ModelRound, rank: int, client: int, pool: Tensor, largest: i
     return tensors
 
 
-def _config(round_: ModelRound, rank: int) -> dict[str, object]:
+def config(round_: ModelRound, rank: int) -> dict[str, Any]:
+    """The adapter config of a client of this rank."""
     targets = sorted({name.rsplit(".", 1)[-1] for name, _, _ in round_.layers})
     return {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets, "bias": "none"}

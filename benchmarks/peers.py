@@ -1,7 +1,8 @@
 """What a user could run instead, for one layer: each takes the clients' (B, A, w·s) and k, and answers with B', A'.
 
 ``authors_loop`` and ``peft_svd`` are the released code's rule and the real package. Every other dense method gets the
-strongest simple start, one product of the stacked factors, so that what is compared is the decomposition.
+strongest simple start, one product of the stacked factors, so that what is compared is the decomposition. Those in
+torch alone compute where the factors are.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def authors_loop(clients: Clients, k: int) -> Answer:
     ΔW client by client in a dense sum; one thin ``torch.svd``; then B = U_r·diag(S_r) anew for every client, without
     deduplicating ranks. The answer returned is the one for the target rank k, formed as one more client's.
     """
-    delta = torch.zeros(clients[0][0].shape[0], clients[0][1].shape[1])
+    first_B, first_A, _ = clients[0]
+    delta = torch.zeros(first_B.shape[0], first_A.shape[1], device=first_B.device)
     for B, A, c in clients:
         delta += (B @ A) * c
     U, S, V = torch.svd(delta)
@@ -75,7 +77,8 @@ class PeftModel:
 
         m, n = clients[0][0].shape[0], clients[0][1].shape[1]
         base = torch.nn.Sequential(torch.nn.Linear(n, m, bias=False, device="meta"))
-        base[0].weight = torch.nn.Parameter(torch.empty(m, n), requires_grad=False)
+        empty = torch.empty(m, n, device=clients[0][0].device)
+        base[0].weight = torch.nn.Parameter(empty, requires_grad=False)
         for i, (_, A, _) in enumerate(clients):
             r = A.shape[0]
             config = LoraConfig(r=r, lora_alpha=r, target_modules=["0"], init_lora_weights=False)
@@ -114,7 +117,7 @@ def two_stage_sketch(clients: Clients, k: int) -> Answer:
 
     Its authors sketch with as many columns as the rank; ten more are given here, as is usual (Halko et al. 2011).
     """
-    omega = torch.randn(clients[0][1].shape[1], k + 10, generator=torch.Generator().manual_seed(0))
+    omega = torch.randn(clients[0][1].shape[1], k + 10, generator=torch.Generator().manual_seed(0)).to(clients[0][1])
     Y = sum((B @ (A @ omega)) * c for B, A, c in clients)
     Q = torch.linalg.qr(Y)[0]
     Z = sum((A.T @ (B.T @ Q)) * c for B, A, c in clients)

@@ -8,41 +8,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import targets
+from benchmarks import targets, text
 from benchmarks.peers import ESTIMATED, OURS, PEERS
 from benchmarks.targets import Results, rows
+from benchmarks.text import markdown, mebibytes, percent, seconds
 
 RESULTS = Path("benchmarks/results/cpu.json")
 README = Path("README.md")
 BEGIN, END = "<!-- benchmarks: begin (python -m benchmarks.table) -->", "<!-- benchmarks: end -->"
 # Excesses above this are printed beside the time; below it nobody would see a difference.
 _VISIBLE = 1e-4
-
-
-def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def seconds(value: float) -> str:
-    """Three digits, in the unit that reads best.
-
-    >>> seconds(0.0123), seconds(12.34)
-    ('12.3 ms', '12.3 s')
-    """
-    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
-
-
-def mebibytes(value: float | None) -> str:
-    return "–" if value is None else f"{value / 2**20:,.0f} MiB"
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2g} %"
 
 
 def layer_title(row: dict[str, Any]) -> str:
@@ -60,9 +38,9 @@ def cell(row: dict[str, Any], name: str) -> str:
     if name in row["not_run"]:
         return f"not run: {row['not_run'][name]}"
     method, own = row["methods"][name], row["methods"][OURS]["seconds"]
-    text = seconds(method["seconds"])
-    text += "" if name == OURS else f" ({method['seconds'] / own:.3g}×)"
-    return text + (f", excess {method['excess']:.0e}" if method["excess"] > _VISIBLE else "")
+    shown = seconds(method["seconds"])
+    shown += "" if name == OURS else f" ({method['seconds'] / own:.3g}×)"
+    return shown + (f", excess {method['excess']:.0e}" if method["excess"] > _VISIBLE else "")
 
 
 def layer_table(results: Results) -> str:
@@ -126,11 +104,7 @@ def scale_table(results: Results) -> str:
 
 
 def target_table(results: Results) -> str:
-    said = {True: "yes", False: "**no**", None: "–"}
-    return markdown(
-        ["", "target", "measured", "reached"],
-        [[check.name, check.target, check.measured, said[check.reached]] for check in targets.checks(results)],
-    )
+    return text.target_table(targets.checks(results))
 
 
 def section(results: Results) -> str:
@@ -159,10 +133,9 @@ def section(results: Results) -> str:
     return "\n\n".join([*parts, "What was aimed at:", target_table(results)])
 
 
-def splice(readme: str, text: str) -> str:
-    """The README with ``text`` between the markers."""
-    before, rest = readme.split(BEGIN)
-    return before + BEGIN + "\n" + text + "\n" + END + rest.split(END)[1]
+def splice(readme: str, section: str) -> str:
+    """The README with ``section`` between the markers."""
+    return text.splice(readme, section, BEGIN, END)
 
 
 def is_suite(results: Results) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.peers import ESTIMATED, OURS, PEERS
+from benchmarks.text import Check
 
 DENSE = "dense + linalg.svd"
 # Excesses below this are the same: float32 does not resolve them.
@@ -16,15 +17,6 @@ _OVER_PEERS = {"silo": 4, "device": 4, "wide": 4, "paper": 4}
 _REGRET = 1.5
 
 Results = dict[str, Any]
-
-
-class Check(NamedTuple):
-    """``reached`` is None where nothing was measured."""
-
-    name: str
-    target: str
-    measured: str
-    reached: bool | None
 
 
 def rows(results: Results, kind: str) -> list[dict[str, Any]]:

@@ -9,7 +9,10 @@ from benchmarks.workloads import Clients
 
 
 class Residual:
-    """‖ΔW − BA‖_F² of any answer, in float64, from the factors: no m×n matrix is formed."""
+    """‖ΔW − BA‖_F² of any answer, in float64, from the factors: no m×n matrix is formed.
+
+    Computed where the clients' factors are.
+    """
 
     def __init__(self, clients: Clients) -> None:
         self.P = torch.cat([B.double() * c for B, _, c in clients], dim=1)  # (m, R)
@@ -18,7 +21,7 @@ class Residual:
         self.energy = float(sum(torch.linalg.vector_norm(slab @ self.Q).square() for slab in slabs))
 
     def of(self, B: Tensor, A: Tensor) -> float:
-        B, A = B.double(), A.double()
+        B, A = B.to(self.P), A.to(self.P)
         inner = float(((self.P.mT @ B) * (self.Q @ A.mT)).sum())
         own = float(((B.mT @ B) * (A @ A.mT)).sum())
         return max(self.energy - 2 * inner + own, 0.0)
@@ -36,12 +39,19 @@ class Truth(Residual):
         self.Q = torch.cat([A.double() for _, A, _ in clients])  # (R, n)
         if self.P.shape[1] < min(self.P.shape[0], self.Q.shape[1]):
             core = torch.linalg.qr(self.P, mode="r")[1] @ torch.linalg.qr(self.Q.mT, mode="r")[1].mT
-            self.squares = torch.linalg.svdvals(core).square()
+            self.squares = self._squares(core)
         else:
             delta = self.P @ self.Q
             delta = delta if delta.shape[0] <= delta.shape[1] else delta.mT
-            self.squares = torch.linalg.eigvalsh(delta @ delta.mT).flip(0).clamp_min(0)
+            self.squares = self._squares_of_gram(delta)
         self.energy = float(self.squares.sum())
+
+    def _squares(self, core: Tensor) -> Tensor:
+        """σ², descending. On a GPU from the Gram: its SVD takes seconds for what is lost below 1e-13 of the energy."""
+        return self._squares_of_gram(core) if core.is_cuda else torch.linalg.svdvals(core).square()
+
+    def _squares_of_gram(self, X: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(X @ X.mT).flip(0).clamp_min(0)
 
     def tail(self, k: int) -> float:
         """‖ΔW − ΔW_k‖_F²."""

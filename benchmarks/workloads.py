@@ -35,16 +35,23 @@ class Workload:
     def R(self) -> int:
         return sum(self.ranks)
 
-    def clients(self) -> Clients:
-        """Every client's factors, from the seed. alpha = 16 as in the FlexLoRA paper's code, equal weights."""
-        g = torch.Generator().manual_seed(self.seed)
+    def clients(self, device: str = "cpu") -> Clients:
+        """Every client's factors, from the seed. alpha = 16 as in the FlexLoRA paper's code, equal weights.
+
+        ``device``: where they are drawn and stay; each kind of device has its own numbers of the same distribution.
+        """
+        g = torch.Generator(device).manual_seed(self.seed)
+
+        def normal(rows: int, columns: int) -> Tensor:
+            return torch.randn(rows, columns, generator=g, device=device)
+
         top = max(self.ranks)
-        shared_b, shared_a = torch.randn(self.m, top, generator=g), torch.randn(top, self.n, generator=g)
+        shared_b, shared_a = normal(self.m, top), normal(top, self.n)
         clients = []
         for r in self.ranks:
-            B, A = torch.randn(self.m, r, generator=g), torch.randn(r, self.n, generator=g)
+            B, A = normal(self.m, r), normal(r, self.n)
             if self.spectrum == "decay":
-                B = (shared_b[:, :r] + 0.3 * B) / torch.arange(1, r + 1)
+                B = (shared_b[:, :r] + 0.3 * B) / torch.arange(1, r + 1, device=device)
                 A = shared_a[:r] + 0.3 * A
             clients.append((B, A, 16 / r / len(self.ranks)))
         return clients

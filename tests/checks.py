@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flexlora_fast as ff
 from flexlora_fast import config as configs
-from tests import oracle, rounds
+from tests import oracle, rounds, where
 from tests.oracle import Truth
 from tests.rounds import Client
 
@@ -57,8 +57,13 @@ class Case:
         return rounds.typical(self.model, self.dtype, seed)
 
     def aggregate(self, clients: Sequence[Client], **options: Any) -> ff.GlobalUpdate:
-        given = {"method": self.method, "solver": self.solver, "weights": [c.weight for c in clients]} | options
+        given = self.options | {"weights": [c.weight for c in clients]} | options
         return ff.aggregate([c.adapter() for c in clients], **given)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes a round one of this case."""
+        return {"method": self.method, "solver": self.solver, "device": where.DEVICE}
 
     def truth(self, clients: Sequence[Client], layer: str, missing: str = "zero") -> Truth:
         return oracle.truth(self.method, clients, layer, missing)
@@ -99,7 +104,7 @@ def assert_right(case: Case, update: ff.GlobalUpdate, clients: Sequence[Client],
 
 
 def assert_identical(one: ff.GlobalUpdate, two: ff.GlobalUpdate) -> None:
-    """Bit for bit the same result; wall times aside."""
+    """Bit for bit the same result, wherever its vectors are; wall times aside."""
     assert one.layers == two.layers
     assert one.extras.keys() == two.extras.keys() and one.template == two.template
     assert all(torch.equal(one.extras[key], two.extras[key]) for key in one.extras)
@@ -110,7 +115,7 @@ def assert_identical(one: ff.GlobalUpdate, two: ff.GlobalUpdate) -> None:
         pairs = [(getattr(a.factorization, x), getattr(b.factorization, x)) for x in ("U", "S", "V", "energy")]
         pairs += list(zip(a.averaged or (), b.averaged or (), strict=True))
         pairs += [] if a.bias is None and b.bias is None else [(a.bias, b.bias)]
-        assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs), layer
+        assert all(x.dtype == y.dtype and torch.equal(x.cpu(), y.cpu()) for x, y in pairs), layer
 
 
 # -- the clauses ---
@@ -240,7 +245,7 @@ def check_inputs_stay(case: Case) -> None:
     clients = [c.but(extras={"head.weight": torch.full((2, 3), float(i))}) for i, c in enumerate(case.round())]
     adapters = [c.adapter() for c in clients]
     before = [({k: v.clone() for k, v in a.state_dict().items()}, a.config) for a in adapters]
-    update = ff.aggregate(adapters, method=case.method, solver=case.solver)
+    update = ff.aggregate(adapters, **case.options)
     for split in ("B", "balanced", "A"):
         update.adapter(client="c0", split=split)
     for adapter, (tensors, config) in zip(adapters, before, strict=True):
@@ -288,12 +293,12 @@ def check_splits(case: Case) -> None:
         if case.sliced:  # they keep the basis that the clients averaged
             continue
         kept = min(rank, update[layer].factorization.S.shape[1])
-        A, B = made["B"].factors(layer)[0], made["A"].factors(layer)[1]
+        A, B = made["B"].factors(layer)[0].cpu(), made["A"].factors(layer)[1].cpu()
         eye = torch.eye(kept)
         assert (A[:, :kept] @ A[:, :kept].mT - eye).abs().max() <= EXACT
         assert (B[:, :, :kept].mT @ B[:, :, :kept] - eye).abs().max() <= EXACT
-        A, B = made["balanced"].factors(layer)
-        live = update[layer].factorization.S[:, :kept] > 0
+        A, B = (X.cpu() for X in made["balanced"].factors(layer))
+        live = update[layer].factorization.S[:, :kept].cpu() > 0
         even = (A[:, :kept].norm(dim=2) - B[:, :, :kept].norm(dim=1))[live]
         assert even.abs().max() <= EXACT * float(A.norm())
 

@@ -17,7 +17,7 @@ Array = np.ndarray
 
 
 def array(X: Tensor) -> Array:
-    return X.detach().double().numpy()
+    return X.detach().cpu().double().numpy()
 
 
 def product(client: Client, layer: str) -> Array:

@@ -15,6 +15,7 @@ from flexlora_fast.lowrank.dense import dense_energy
 from flexlora_fast.lowrank.gram import core_of
 from flexlora_fast.lowrank.subspace import factor_energy
 from flexlora_fast.stack import Block, Stack
+from tests import where
 
 # (m, n, ranks of the blocks, b): prime, thin, single and wide; the last has more columns than one Gram tile or group.
 SHAPES = [
@@ -44,6 +45,11 @@ def stack_of(shape: tuple[int, int, tuple[int, ...], int], dtype: torch.dtype = 
     return Stack(blocks, m, n, batch)
 
 
+def placed(stack: Stack, ops: ModuleType) -> Stack:
+    """The stack where ``ops`` computes: the extension on the CPU, plain torch wherever the tests do."""
+    return where.moved(stack) if ops is reference else stack
+
+
 def exact(stack: Stack) -> Tensor:
     """ΔW in float64."""
     return sum(((b.B.double() * b.d) @ b.A.double() for b in stack.blocks), torch.zeros((), dtype=torch.float64))
@@ -52,7 +58,7 @@ def exact(stack: Stack) -> Tensor:
 def assert_near(got: Tensor, truth: Tensor, size: Tensor | float) -> None:
     """Within float32 rounding of what was summed: ``size`` is the norm of the terms."""
     assert got.shape == truth.shape and torch.isfinite(got).all()
-    assert float((got.double() - truth).norm()) <= 1e-6 * float(size)
+    assert float((got.cpu().double() - truth).norm()) <= 1e-6 * float(size)
 
 
 def mass(stack: Stack) -> float:
@@ -65,23 +71,25 @@ def mass(stack: Stack) -> float:
 class TestTwins:
     def test_materialize(self, shape: tuple, dtype: torch.dtype, ops: ModuleType) -> None:
         stack = stack_of(shape, dtype)
-        got = ops.materialize(stack)
-        assert got.dtype == torch.float32
+        there = placed(stack, ops)
+        got = ops.materialize(there)
+        assert got.dtype == torch.float32 and got.device == there.device
         assert_near(got, exact(stack), mass(stack))
         out = got.clone()
-        assert ops.materialize(stack, out) is out
+        assert ops.materialize(there, out) is out
         assert_near(out, 2 * exact(stack), 2 * mass(stack))
 
     def test_project(self, shape: tuple, dtype: torch.dtype, ops: ModuleType) -> None:
         """Coefficients reach float32 intermediates: folded into 16-bit factors they would cost 1e-3 here."""
         stack = stack_of(shape, dtype if dtype != torch.float64 else torch.float32)
         X, Y = torch.randn(stack.batch, stack.n, 3), torch.randn(stack.batch, stack.m, 2)
-        assert_near(ops.project(stack, X), exact(stack) @ X.double(), mass(stack) * X.norm())
-        assert_near(ops.project_t(stack, Y), exact(stack).mT @ Y.double(), mass(stack) * Y.norm())
+        there = placed(stack, ops)
+        assert_near(ops.project(there, X.to(there.device)), exact(stack) @ X.double(), mass(stack) * X.norm())
+        assert_near(ops.project_t(there, Y.to(there.device)), exact(stack).mT @ Y.double(), mass(stack) * Y.norm())
 
     def test_gram(self, shape: tuple, dtype: torch.dtype, ops: ModuleType) -> None:
         stack = stack_of(shape, dtype if dtype != torch.float64 else torch.float32)
-        PP, QQ = ops.gram(stack)
+        PP, QQ = (G.cpu() for G in ops.gram(placed(stack, ops)))
         P, Q = stack.P.double(), stack.Q.double()
         assert_near(PP, P.mT @ P, P.norm() ** 2)
         assert_near(QQ, Q @ Q.mT, Q.norm() ** 2)

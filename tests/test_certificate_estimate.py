@@ -7,8 +7,8 @@ import torch
 
 import flexlora_fast as ff
 from flexlora_fast.lowrank import plan
-from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.stack import Block, Stack
+from tests.where import solve
 
 
 def stack(m, n, ranks, *, decay=0.0, seed=0, batch=1, dtype=torch.float32) -> Stack:

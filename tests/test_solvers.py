@@ -10,10 +10,10 @@ from flexlora_fast.errors import AdapterError, OptionError
 from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.factorization import Factorization, complete, finish
 from flexlora_fast.lowrank.plan import EXACT, SOLVERS
-from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.stack import Block, Stack
 from tests.checks import CERTIFIED, FLOAT32_FLOOR, SMALL
 from tests.oracle import Truth, excess
+from tests.where import solve
 
 SPECTRA = {
     "decaying": 0.9 ** torch.arange(120.0),

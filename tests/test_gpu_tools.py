@@ -1,0 +1,80 @@
+"""What the GPU gate reads of NVIDIA's tools, from output as they document and print it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from benchmarks.gpu import ncu, sanitize, tools
+
+NCU = '''\
+==PROF== Connected to process 4242 (/usr/bin/python3.12)
+case 1
+==PROF== Profiling "contract_kernel" - 0: 0%....50%....100% - 9 passes
+==PROF== Disconnected from process 4242
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
+"Section Name","Metric Name","Metric Unit","Metric Value","Rule Name","Rule Type","Rule Description"
+"0","4242","python3.12","127.0.0.1","contract_kernel","1","7","(128, 1, 1)","(528, 1, 1)","0","9.0",\
+"GPU Speed Of Light Throughput","Duration","us","1,234.50","","",""
+"0","4242","python3.12","127.0.0.1","contract_kernel","1","7","(128, 1, 1)","(528, 1, 1)","0","9.0",\
+"GPU Speed Of Light Throughput","DRAM Throughput","%","81.25","","",""
+"0","4242","python3.12","127.0.0.1","contract_kernel","1","7","(128, 1, 1)","(528, 1, 1)","0","9.0",\
+"Launch Statistics","Registers Per Thread","register/thread","128","","",""
+"0","4242","python3.12","127.0.0.1","contract_kernel","1","7","(128, 1, 1)","(528, 1, 1)","0","9.0",\
+"GPU Speed Of Light Throughput","","","","SOLBottleneck","OPT","This kernel is fine, ""really"""
+"1","4242","python3.12","127.0.0.1","gram_kernel(float*, int)","1","7","(256, 1, 1)","(264, 1, 1)","0","9.0",\
+"Occupancy","Achieved Occupancy","%","24.9","","",""
+'''
+
+
+def test_ncu_is_read() -> None:
+    first, second = ncu.parse(NCU)
+    assert first["kernel"] == "contract_kernel" and first["grid"] == "(528, 1, 1)"
+    assert first["seconds"] == pytest.approx(1.2345e-3) and first["dram_share"] == pytest.approx(0.8125)
+    assert first["registers"] == 128
+    assert second["kernel"] == "gram_kernel" and second["occupancy"] == pytest.approx(0.249)
+    assert ncu.parse("==PROF== no kernels were profiled\n") == []
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "words"),
+    [
+        ("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n", 1, "ERR_NVGPUCTRPERM - The user does not"),
+        ("==ERROR== Failed to initialize the profiler: LibraryNotLoaded\n", 255, "LibraryNotLoaded"),
+        ("Traceback\nImportError: no triton\n", 1, "exit code 1: ImportError: no triton"),
+        ("", None, "it took too long"),
+    ],
+)
+def test_why_there_are_no_counters(output: str, code: int | None, words: str) -> None:
+    assert ncu.unavailable(tools.Ran(code, output)).startswith(words)
+
+
+MEMCHECK = """\
+========= COMPUTE-SANITIZER
+case 1: project bf16x3 torch.bfloat16 (2, 65, 130, (1, 7, 30), 5)
+========= Invalid __global__ write of size 4 bytes
+=========     at combine_kernel+0x2f0 in combine.py:71
+=========     by thread (3,0,0) in block (2,0,0)
+========= Program hit cudaErrorLaunchFailure (error 719) due to "unspecified launch failure" on CUDA API call
+case 2: gram bf16x3 torch.bfloat16 (2, 65, 130, (1, 7, 30), 5)
+========= ERROR SUMMARY: 2 errors
+"""
+
+
+def test_memcheck_is_read() -> None:
+    found = sanitize.parse(MEMCHECK)
+    assert (found["errors"], found["cases"]) == (2, 2)
+    assert found["first"][0] == "Invalid __global__ write of size 4 bytes"
+    clean = sanitize.parse("========= COMPUTE-SANITIZER\ncase 1: x\n========= ERROR SUMMARY: 0 errors\n")
+    assert clean == {"errors": 0, "first": [], "cases": 1}
+    assert sanitize.parse("")["errors"] is None
+    assert sanitize.unavailable("========= Error: Device not supported. Please refer to the documentation\n")
+    assert sanitize.unavailable(MEMCHECK) is None
+
+
+def test_a_tool_is_ended_at_its_time() -> None:
+    assert tools.find("no-such-tool") is None
+    ran = tools.run([sys.executable, "-c", "print('here', flush=True); import time; time.sleep(60)"], 3)
+    assert ran.code is None and ran.last == "here"
+    assert tools.run([sys.executable, "-c", "raise SystemExit(3)"], 30).code == 3
