@@ -1,5 +1,17 @@
 """Triton kernels, one operation a file: the formula, the kernel, the host function.
 
+Each operation takes all layers of one shape at once, from a table of where the clients' columns lie
+(``table.Table``): no factor is packed or copied. They write float32 results in an order of summation that depends on
+shape, type and precision alone, and use no atomics.
+
+    project.project, project_t  ΔW·X and ΔWᵀ·Y; of two halves, contract.contract and combine.combine
+    gram.gram                   PᵀP and QQᵀ
+    materialize.materialize     ΔW, added to what is there
+    pack.pack                   P and Q as contiguous tensors
+
+``python -m flexlora_fast.kernels.report`` shows what they take of GPUs that need not be there; ``…kernels.tune``
+chooses their tile sizes on one that is.
+
 This package imports without Triton; its modules do not, and say so in a BackendError. :func:`obstacle` tells
 beforehand.
 """

@@ -26,7 +26,7 @@ from flexlora_fast.kernels.configuration import (
     configuration,
     padded,
 )
-from flexlora_fast.kernels.operand import checked_operand, require_int32
+from flexlora_fast.kernels.operand import checked_operand, checked_out, require_int32
 from flexlora_fast.kernels.parts import scratch, split, sum_parts
 from flexlora_fast.kernels.table import Table
 from flexlora_fast.kernels.tiles import column_pointers, layer_columns, load_factor, multiply
@@ -148,9 +148,8 @@ def combine(
     Z = checked_operand("combine", "Z", Z, table, table.W, precision)
     width = Z.shape[2]
     require_int32("combine", "the result", F.length * width)
+    out = checked_out("combine", out, (table.layers, F.length, width), torch.float32, table.device)
     require_runnable("combine", table.device, combine_kernel)
-    if out is None:
-        out = torch.empty(table.layers, F.length, width, device=table.device)
     if out.numel() == 0 or table.W == 0:
         return out.zero_()
     candidates = configurations(precision, F.length, width)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from flexlora_fast.kernels._triton import launch, require_runnable, tl, triton
@@ -29,7 +28,7 @@ from flexlora_fast.kernels.configuration import (
     configuration,
     padded,
 )
-from flexlora_fast.kernels.operand import checked_operand, element, require_int32
+from flexlora_fast.kernels.operand import checked_operand, checked_out, element, require_int32
 from flexlora_fast.kernels.parts import scratch, split, sum_parts
 from flexlora_fast.kernels.table import Side, Table
 from flexlora_fast.kernels.tiles import column_pointers, layer_columns, load_factor, multiply
@@ -141,7 +140,7 @@ def contract(
         X: (L, n, l), or (L, m, l) for side "P"; float16, bfloat16 or float32.
         side: which factors to multiply with.
         precision: see ``project.py``.
-        out: (L, W, l), where to put Z.
+        out: (L, W, l) of the type below, contiguous: where to put Z.
         chosen: tile sizes to use in place of the tuned ones.
 
     Returns:
@@ -156,9 +155,8 @@ def contract(
     X = checked_operand("contract", "X", X, table, F.length, precision)
     width = X.shape[2]
     require_int32("contract", "the result", table.W * width)
+    out = checked_out("contract", out, (table.layers, table.W, width), element(precision), table.device)
     require_runnable("contract", table.device, contract_kernel)
-    if out is None:
-        out = torch.empty(table.layers, table.W, width, dtype=element(precision), device=table.device)
     if out.numel() == 0 or F.length == 0:
         return out.zero_()
     candidates = configurations(precision, F.length, width)

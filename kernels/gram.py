@@ -12,6 +12,8 @@ Review 53 (2011), section 5.1, with the factors in the place of the orthonormal 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from flexlora_fast.kernels.configuration import (
 )
 from flexlora_fast.kernels.operand import require_int32
 from flexlora_fast.kernels.parts import scratch, split, sum_parts
-from flexlora_fast.kernels.table import Side, Table
+from flexlora_fast.kernels.table import Table
 from flexlora_fast.kernels.tiles import column_pointers, layer_columns, load_factor, multiply
 
 
@@ -129,16 +131,13 @@ def configurations(precision: Precision, length: int) -> list[Configuration]:
     ]
 
 
-def gram(
-    table: Table, *, precision: Precision = "float32", chosen: Configuration | None = None
-) -> tuple[Tensor, Tensor]:
+def gram(table: Table, *, precision: Precision = "float32") -> tuple[Tensor, Tensor]:
     """The Grams PᵀP and QQᵀ of every layer.
 
     Args:
         table: L layers of at most W columns.
         precision: see ``project.py``. Factors of one side are multiplied with each other: where they are bfloat16, both
             "bf16" and "bf16x3" multiply them exactly; where they are 16 bits of any kind, so does "tf32".
-        chosen: tile sizes to use in place of the tuned ones.
 
     Returns:
         PᵀP and QQᵀ, each (L, W, W) float32, exactly symmetric, zero beyond a layer's own R.
@@ -148,18 +147,27 @@ def gram(
         BackendError: where the kernel cannot run: CPU tensors outside Triton's interpreter.
     """
     check_precision("gram", precision, P=table.P.dtype, Q=table.Q.dtype)
-    require_runnable("gram", table.device, gram_kernel)
+    return gram_of(table, "P", precision=precision), gram_of(table, "Q", precision=precision)
+
+
+def gram_of(
+    table: Table,
+    side: Literal["P", "Q"],
+    *,
+    precision: Precision = "float32",
+    chosen: Configuration | None = None,
+) -> Tensor:
+    """One of the two, (L, W, W), with ``chosen`` tile sizes in place of the tuned ones; otherwise as ``gram``."""
+    F = table.side(side)
+    check_precision("gram", precision, **{side: F.dtype})
     require_int32("gram", "G", table.W * table.W)
-    exact: Precision = "bf16" if precision == "bf16x3" else precision
-    return _gram(table, table.P, exact, chosen), _gram(table, table.Q, exact, chosen)
-
-
-def _gram(table: Table, F: Side, precision: Precision, chosen: Configuration | None) -> Tensor:
-    """The Gram of one side, (L, W, W)."""
+    require_runnable("gram", table.device, gram_kernel)
+    if precision == "bf16x3":
+        precision = "bf16"
     out = torch.empty(table.layers, table.W, table.W, device=table.device)
     if out.numel() == 0 or F.length == 0:
         return out.zero_()
-    c = chosen or best("gram " + F.name, configurations(precision, F.length), table.device, F.dtype, precision)
+    c = chosen or best("gram " + side, configurations(precision, F.length), table.device, F.dtype, precision)
     c = c.for_alignment(F.aligned)
     parts, tiles_c = triton.cdiv(F.length, c["PART"]), triton.cdiv(table.W, c["BLOCK_C"])
     tiles = table.layers * triton.cdiv(tiles_c, 2) * (tiles_c + 1)

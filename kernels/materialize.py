@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexlora_fast.kernels._triton import launch, require_runnable, tl, triton
 from flexlora_fast.kernels.configuration import FMA_ODD, Configuration, Precision, best, check_precision, configuration
+from flexlora_fast.kernels.operand import checked_out
 from flexlora_fast.kernels.table import Table
 from flexlora_fast.kernels.tiles import column_pointers, layer_columns, load_factor, multiply
 
@@ -132,16 +133,8 @@ def materialize(
         BackendError: where the kernel cannot run: CPU tensors outside Triton's interpreter.
     """
     check_precision("materialize", precision, Q=table.Q.dtype)
-    shape = (table.layers, table.m, table.n)
     add = out is not None
-    if out is None:
-        out = torch.empty(shape, device=table.device)
-    elif out.shape != shape or out.dtype != torch.float32 or out.device != table.device or not out.is_contiguous():
-        layout = "contiguous" if out.is_contiguous() else f"with strides {out.stride()}"
-        raise ValueError(
-            f"materialize: out is {tuple(out.shape)}, {out.dtype}, on {out.device}, {layout}: "
-            f"expected {shape}, torch.float32, on {table.device}, contiguous"
-        )
+    out = checked_out("materialize", out, (table.layers, table.m, table.n), torch.float32, table.device)
     require_runnable("materialize", table.device, materialize_kernel)
     if out.numel() == 0 or table.W == 0:
         return out if add else out.zero_()

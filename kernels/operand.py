@@ -1,4 +1,4 @@
-"""The thin operand of a product: checked, and in the type that its precision multiplies."""
+"""What goes into a kernel and comes out: checked, thin operands in the type that their precision multiplies."""
 
 from __future__ import annotations
 
@@ -34,3 +34,18 @@ def checked_operand(op: str, name: str, X: Tensor, table: Table, rows: int, prec
         raise ValueError(f"{op}: {name} is on {X.device} and the table on {table.device}: move them together")
     require_int32(op, name, rows * X.shape[2])
     return X.detach().to(element(precision)).contiguous()
+
+
+def checked_out(
+    op: str, out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``out``, or a new tensor; ValueError where it is not what the kernel writes."""
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if out.shape != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
+        layout = "contiguous" if out.is_contiguous() else f"with strides {out.stride()}"
+        raise ValueError(
+            f"{op}: out is {tuple(out.shape)}, {out.dtype}, on {out.device}, {layout}: "
+            f"expected {shape}, {dtype}, on {device}, contiguous"
+        )
+    return out

@@ -249,9 +249,10 @@ def check_bits(data: Data) -> None:
         blocks = tuple(block for block in small.blocks if block[0] not in {"BLOCK_I", "BLOCK_L"})
         gram_module.configurations = lambda *_: [replace(small, blocks=blocks)]  # type: ignore[assignment]
     else:
-        m, n, ranks = 300, 3000, [[9, 4], [1100], [3], []]
+        # Wide loads alone, single elements beside a client of rank 3: other machine code, the same sums.
+        m, n, ranks = 320, 3072, [[16, 8], [1104], [3], []]
     stacks = [data.stack(m, n, r, 1, torch.float32) for r in ranks]
-    X, Y = data.randn(4, n, 5), data.randn(4, m, 5)
+    X, Y = data.randn(4, n, 16), data.randn(4, m, 16)
 
     def results(order: list[int]) -> dict[str, Tensor]:
         table = Table([stacks[i] for i in order], data.device)

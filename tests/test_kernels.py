@@ -149,6 +149,7 @@ def test_tables_read_factors_in_place_where_they_can():
 @needs_triton
 def test_operations_say_what_does_not_fit():
     from flexlora_fast.kernels.combine import combine
+    from flexlora_fast.kernels.contract import contract
     from flexlora_fast.kernels.gram import gram
     from flexlora_fast.kernels.materialize import materialize
     from flexlora_fast.kernels.pack import pack
@@ -164,6 +165,8 @@ def test_operations_say_what_does_not_fit():
         combine(table, torch.ones(2, 2, 4))
     with pytest.raises(ValueError, match=r"project: X is torch.float64: expected float16"):
         project(table, torch.ones(2, 5, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"contract: out is \(2, 2, 4\).* expected \(2, 3, 4\), torch.float32, on cpu"):
+        contract(table, torch.ones(2, 5, 4), out=torch.ones(2, 2, 4))
     with pytest.raises(ValueError, match="project: X is on meta and the table on cpu: move them together"):
         project(table, torch.ones(2, 5, 4, device="meta"))
     with pytest.raises(ValueError, match="gram: precision 'half' does not exist: expected one of 'float32', 'bf16x3'"):
