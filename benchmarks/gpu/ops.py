@@ -118,8 +118,11 @@ def prepared_round(
     device: str,
     certificate: Literal["exact", "estimate"] = "exact",
 ) -> Callable[[], ff.GlobalUpdate]:
-    """All clients taken in, their factors where they were drawn; the call finishes the round, as often as wanted."""
-    aggregator = ff.Aggregator(rank=k, device=device, read="finish", progress=False, certificate=certificate)
+    """All clients taken in, their factors where they were drawn; the call finishes the round, as often as wanted.
+
+    Results stay on the device, as the peers' do.
+    """
+    aggregator = ff.Aggregator(rank=k, device=device, results="device", progress=False, certificate=certificate)
     for i, (state, config, weight) in enumerate(zip(states, configs, weights, strict=True)):
         aggregator.add(ff.Adapter.from_state_dict(state, config), weight, client=f"client-{i:05d}")
     return aggregator.finish
