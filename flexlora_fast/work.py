@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -12,7 +12,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from flexlora_fast import memory, values
+from flexlora_fast import memory, together, values
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import FlexLoRAError, OptionError
 from flexlora_fast.incremental import GramTable
@@ -20,11 +20,10 @@ from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.accumulate import Accumulator
 from flexlora_fast.lowrank.factorization import Factorization
-from flexlora_fast.lowrank.grouped import Stacks, solve_group
 from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.methods import Contribution, Method
 from flexlora_fast.precision import full_precision
-from flexlora_fast.resident import Resident, ResidentLayers
+from flexlora_fast.resident import Resident
 from flexlora_fast.skeleton import Skeleton
 from flexlora_fast.stack import Stack
 from flexlora_fast.update import LayerUpdate
@@ -118,7 +117,7 @@ class Work:
         plans = [plan_layer(x, [(s, counts[i]) for i, s in skeletons.items()], self.settings) for x in layers]
         plans.sort(key=lambda plan: (plan.group, plan.spec.name))
         object.__setattr__(self, "plans", plans)
-        object.__setattr__(self, "groups", list(_solved_together(plans, self.settings)))
+        object.__setattr__(self, "groups", list(together.runs(plans, self.settings)))
 
     @property
     def scratch(self) -> int:
@@ -142,10 +141,10 @@ class Work:
     def pieces(self) -> Iterator[tuple[int, Callable[[], Piece]]]:
         """What is to be read in the order of solving: its bytes in memory that is not held already, and how."""
         for layer in self.plans:
-            if not self._waits(layer):
-                yield from self._pieces_of(layer)
+            if not (layer.grouped and self.all_here):  # those are solved from where their factors lie
+                yield from self.pieces_of(layer)
 
-    def _pieces_of(self, layer: LayerPlan) -> Iterator[tuple[int, Callable[[], Piece]]]:
+    def pieces_of(self, layer: LayerPlan) -> Iterator[tuple[int, Callable[[], Piece]]]:
         having = [client for client in self.clients if layer.spec.name in client.adapter.skeleton.specs]
         total = math.fsum(client.share for client in having) if self.settings.missing == "renormalize" else 1.0
         for group, last in _groups(layer, having):
@@ -156,16 +155,20 @@ class Work:
 
     def solved(self, pieces: Iterator[Piece]) -> Iterator[LayerUpdate]:
         """Every layer in the order of ``plans``. Raises ``AdapterError`` naming client and layer for bad values."""
+        begun: deque[Callable[[], list[LayerUpdate]]] = deque()
+        most = together.in_flight(self)
         for group in self.groups:
-            if self._waits(group[0]):
-                yield from self.solve_resident(group)
-            elif group[0].grouped:
-                yield from self.solve_group(group, pieces)
-            else:
+            if group[0].grouped:
+                begun.append(together.begin(self, group, pieces))
+                while len(begun) > most:
+                    yield from begun.popleft()()
+            else:  # these come first
                 yield self.solve_layer(group[0], pieces)
+        while begun:
+            yield from begun.popleft()()
 
     @cached_property
-    def _all_here(self) -> bool:
+    def all_here(self) -> bool:
         """Whether all clients' factors lie in the device's memory, known to be good and where."""
         clients = self.clients
         return (
@@ -174,53 +177,6 @@ class Work:
             and all(client.checked for client in clients)
             and self.resident.has([client.name for client in clients])
         )
-
-    def _waits(self, layer: LayerPlan) -> bool:
-        """Whether a layer needs no reading: it is solved from where its factors lie."""
-        return layer.grouped and self._all_here
-
-    @full_precision()
-    def solve_resident(self, layers: Sequence[LayerPlan]) -> list[LayerUpdate]:
-        """Solve layers of one shape together from where their factors lie in the device's memory."""
-        of, spec, names = self.settings, layers[0].spec, [layer.spec.name for layer in layers]
-        assert self.resident is not None
-
-        def usual(place: int) -> Stack:
-            ((_, read),) = self._pieces_of(layers[place])
-            return self._stack(layers[place].spec, read(), _Bias())
-
-        source = ResidentLayers(
-            self.resident,
-            spec.m,
-            spec.n,
-            names,
-            [layer.total_rank for layer in layers],
-            [client.name for client in self.clients],
-            [client.share for client in self.clients],
-            of.missing == "renormalize",
-            usual,
-        )
-        rank = layers[0].rank
-        results = solve_group(source, rank, tol=of.tol, seed=of.seed, names=names, certificate=of.certificate)
-        return [
-            LayerUpdate(layer.spec, _brought(result, of.results), layer.total_rank, None, None)
-            for layer, result in zip(layers, results, strict=True)
-        ]
-
-    @full_precision()
-    def solve_group(self, layers: Sequence[LayerPlan], pieces: Iterator[Piece]) -> list[LayerUpdate]:
-        """Take the pieces of layers of one shape, and solve them together."""
-        of, stacks, biases = self.settings, list[Stack](), list[_Bias]()
-        for layer in layers:
-            biases.append(_Bias())
-            stacks.append(self._stack(layer.spec, next(pieces), biases[-1]))
-        names = [layer.spec.name for layer in layers]
-        rank = layers[0].rank
-        results = solve_group(Stacks(stacks), rank, tol=of.tol, seed=of.seed, names=names, certificate=of.certificate)
-        return [
-            LayerUpdate(layer.spec, _brought(result, of.results), stack.R, None, bias.mean)
-            for layer, result, stack, bias in zip(layers, results, stacks, biases, strict=True)
-        ]
 
     @full_precision()
     def solve_layer(self, layer: LayerPlan, pieces: Iterator[Piece]) -> LayerUpdate:
@@ -231,7 +187,13 @@ class Work:
             total_rank = layer.total_rank
         else:
             result, averaged, total_rank = self._whole(layer, next(pieces), bias)
-        return LayerUpdate(layer.spec, _brought(result, self.settings.results), total_rank, averaged, bias.mean)
+        return LayerUpdate(layer.spec, self.brought(result), total_rank, averaged, bias.mean)
+
+    def brought(self, f: Factorization) -> Factorization:
+        """The same on the CPU; with ``results="device"`` U and V stay on the device that they were computed on."""
+        error = None if f.energy_error is None else f.energy_error.cpu()
+        f = dataclasses.replace(f, S=f.S.cpu(), energy=f.energy.cpu(), energy_error=error)
+        return f if self.settings.results == "device" else dataclasses.replace(f, U=f.U.cpu(), V=f.V.cpu())
 
     def _whole(
         self, layer: LayerPlan, piece: Piece, bias: _Bias
@@ -267,6 +229,11 @@ class Work:
     def _add(self, total: Accumulator, spec: LayerSpec, piece: Piece, bias: _Bias) -> bool:
         total.add(self._stack(spec, piece, bias), spec.name)
         return piece.last
+
+    def stack_of(self, spec: LayerSpec, piece: Piece) -> tuple[Stack, Tensor | None]:
+        """The stack of a layer that was read whole, and its averaged bias."""
+        bias = _Bias()
+        return self._stack(spec, piece, bias), bias.mean
 
     def _stack(self, spec: LayerSpec, piece: Piece, bias: _Bias) -> Stack:
         """Check what was read, and put it side by side."""
@@ -329,21 +296,6 @@ def plan_layer(name: str, skeletons: Sequence[tuple[Skeleton, int]], of: Setting
     return LayerPlan(spec, total_rank, rank, False, nbytes, scratch, solver == "filtered" and of.method.output == "svd")
 
 
-def _solved_together(plans: Sequence[LayerPlan], of: Settings) -> Iterator[list[LayerPlan]]:
-    """The plans in runs of one group whose factors, and what solving them needs, fit half of the memory at once."""
-    room = memory.free(of.device) if of.device.type != "cpu" else of.limit
-    run, held, scratch = list[LayerPlan](), 0, 0
-    for plan_ in plans:
-        held, scratch = held + plan_.held, scratch + plan_.scratch
-        full = 4 * held > of.limit or 2 * (held + scratch) > room
-        if run and (not plan_.grouped or plan_.group != run[0].group or full):
-            yield run
-            run, held, scratch = [], plan_.held, plan_.scratch
-        run.append(plan_)
-    if run:
-        yield run
-
-
 def _groups(layer: LayerPlan, clients: Sequence[Client]) -> Iterator[tuple[list[Client], bool]]:
     """Neighbours in canonical order, and whether they are the last: all clients, or as many as have
     ``memory.PIECE_COLUMNS`` together.
@@ -376,10 +328,3 @@ class _Bias:
     @property
     def mean(self) -> Tensor | None:
         return None if self._total is None else self._total.float()
-
-
-def _brought(f: Factorization, results: str) -> Factorization:
-    """The same on the CPU; with ``results="device"`` U and V stay on the device that they were computed on."""
-    error = None if f.energy_error is None else f.energy_error.cpu()
-    f = dataclasses.replace(f, S=f.S.cpu(), energy=f.energy.cpu(), energy_error=error)
-    return f if results == "device" else dataclasses.replace(f, U=f.U.cpu(), V=f.V.cpu())

@@ -12,7 +12,7 @@ import torch
 import flexlora_fast as ff
 from flexlora_fast.backends.group import coefficients
 from flexlora_fast.resident import Resident
-from flexlora_fast.work import Work, _Bias
+from flexlora_fast.work import Work
 from tests.interpreter import needs_interpreter, run_interpreted
 
 pytest.importorskip("triton", reason="tables are Triton's")
@@ -61,8 +61,8 @@ def test_the_table_is_that_of_the_stacks(missing: str, layers: list[str], dtype:
     chosen = [plans[layer] for layer in layers]
     stacks = []
     for plan in chosen:
-        ((_, read),) = work._pieces_of(plan)
-        stacks.append(work._stack(plan.spec, read(), _Bias()))
+        ((_, read),) = work.pieces_of(plan)
+        stacks.append(work.stack_of(plan.spec, read())[0])
     expected = Table(stacks)
     names = [client.name for client in work.clients]
     assert "absent" not in names and resident.has(names)

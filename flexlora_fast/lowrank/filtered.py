@@ -38,8 +38,9 @@ _POWERS = 2
 _APART = 8.0
 # Unit columns whose part outside the columns before them is smaller have lost it to float32 rounding of the products.
 _SHARE = 3e-3
-# What is added to the unit diagonal of a Gram matrix that has no Cholesky factor of such shares: the first that helps.
-_SHIFTS = (1e-5, 1e-3, 1.0)
+# What is added to the unit diagonal of a Gram matrix that has no Cholesky factor of such shares. Rounding of float32
+# products leaves eigenvalues of -1e-6 at most.
+_SHIFT = 1e-5
 # Gains are not believed to shrink faster than by this factor from one step to the next.
 _SLOWEST = 0.15
 _RESOLUTION = 3e-8
@@ -126,18 +127,21 @@ def leading_triplets(core: Core, k: int, addresses: Sequence[tuple[int, int]], s
     return Found(*_signed(U, V, S), report, _POWERS + sum(schedule) + 1)
 
 
-def solve_filtered(
-    group: Group, batches: Sequence[int], k: int, keys: Sequence[int], tol: float, more: int = 0
-) -> list[Factorization | None]:
-    """The k leading triplets of layers that it ``takes``, together; None for those not proved good.
+def launch(group: Group, addresses: Sequence[tuple[int, int]], k: int, tol: float, more: int = 0) -> Found:
+    """Have the device begin with the k leading triplets of layers that it ``takes``, all of a group.
+
+    Args:
+        addresses: as ``leading_triplets`` takes them. more: filters beyond those that ``tol`` usually takes.
+    """
+    return leading_triplets(Core(group), k, addresses, degrees(tol, more))
+
+
+def collected(found: Found, batches: Sequence[int], tol: float) -> list[Factorization | None]:
+    """The results of a launch, which this waits for; None for those whose numbers do not prove them good.
 
     Args:
         batches: how many neighbours of the group each result is for (a layer's experts, or 1).
-        keys: of each one's random start. more: filters beyond those that ``tol`` usually takes.
     """
-    addresses = [(key, b) for key, batch in zip(keys, batches, strict=True) for b in range(batch)]
-    schedule = degrees(tol, more)
-    found = leading_triplets(Core(group), k, addresses, schedule)
     # The one place that waits for the device: both in one copy.
     numbers = torch.cat([found.report, found.S], dim=1).cpu()
     report, S = numbers[:, : found.report.shape[1]], numbers[:, found.report.shape[1] :]
@@ -277,8 +281,10 @@ def _conditioned(X: Tensor, H: Tensor) -> Tensor:
     Rayleigh-Ritz takes the inner product into account.
     """
     for _ in range(3):
-        turn, _ = _whitening(_gram64(X, H))
-        X, H = X @ turn.float(), H @ turn.float()
+        unit, norms, _ = _unit(_gram64(X, H))
+        L, info = torch.linalg.cholesky_ex(unit + _SHIFT * _eye(unit))
+        turn = _inverse(L, info, norms).float()
+        X, H = X @ turn, H @ turn
     return X
 
 
@@ -286,25 +292,38 @@ def _whitening(gram: Tensor) -> tuple[Tensor, Tensor]:
     """T (L, w, w) float64, upper triangular, with Tᵀ·gram·T = I; and where it is only nearly so, (L,) bool.
 
     Those are Gram matrices too near to a singular one for the shares of their columns to be more than rounding, which
-    get a multiple of the diagonal added; and matrices that are not finite, for which T is the identity.
+    get a multiple of the diagonal added; and matrices that are not finite, for which T only scales.
+    """
+    unit, norms, finite = _unit(gram)
+    L, info = torch.linalg.cholesky_ex(unit)
+    shifted = (info != 0) | ~(L.diagonal(dim1=1, dim2=2).amin(dim=1) > _SHARE) | ~finite
+    # Computed for all layers: which ones need it is not known here.
+    other, failed = torch.linalg.cholesky_ex(unit + _SHIFT * _eye(unit))
+    chosen = torch.where(shifted.view(-1, 1, 1), other, L)
+    return _inverse(chosen, torch.where(shifted, failed, info), norms), shifted
+
+
+def _unit(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The symmetric part of Gram matrices with unit diagonal, the scaling of columns that made it so (L, w), and where
+    they are finite (L,): the identity stands for those that are not.
     """
     squares = gram.diagonal(dim1=1, dim2=2)
     # Of columns that vanish, float32 products can leave a square that is not even positive: they stay out.
     norms = torch.where(squares > 1e-60, squares.clamp_min(1e-60).rsqrt(), torch.zeros_like(squares))
     unit = _symmetric(gram) * norms.unsqueeze(1) * norms.unsqueeze(2)
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     finite = unit.isfinite().all(dim=2).all(dim=1)
-    unit = torch.where(finite.view(-1, 1, 1), unit, eye)
-    L, info = torch.linalg.cholesky_ex(unit)
-    shifted = without = (info != 0) | ~(L.diagonal(dim1=1, dim2=2).amin(dim=1) > _SHARE)
-    for shift in _SHIFTS:  # computed for all layers: which ones need it is not known here
-        other, info = torch.linalg.cholesky_ex(unit + shift * eye)
-        L = torch.where(without.view(-1, 1, 1), other, L)
-        without = without & (info != 0)
-    L = torch.where(without.view(-1, 1, 1), eye, L)
-    shifted = shifted | ~finite
-    inverse = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
-    return inverse.mT * norms.unsqueeze(2), shifted
+    return torch.where(finite.view(-1, 1, 1), unit, _eye(unit)), norms, finite
+
+
+def _inverse(L: Tensor, info: Tensor, norms: Tensor) -> Tensor:
+    """diag(norms)·L⁻ᵀ of Cholesky factors, as ``cholesky_ex`` gives them; with L = I where there is none."""
+    L = torch.where((info != 0).view(-1, 1, 1), _eye(L), L)
+    inverse = torch.linalg.solve_triangular(L, _eye(L).expand_as(L), upper=False)
+    return inverse.mT * norms.unsqueeze(2)
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
 
 
 def _gram64(X: Tensor, Y: Tensor, rows: int = 1 << 27) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,34 +71,53 @@ class Stacks:
 def solve_group(
     layers: Layers, rank: int, *, tol: float, seed: int, names: Sequence[str], certificate: str = "exact"
 ) -> list[Factorization]:
-    """The best rank-``rank`` approximation of every layer, as ``solve`` gives it for one.
+    """``begin_group``, and its results."""
+    return begin_group(layers, rank, tol=tol, seed=seed, names=names, certificate=certificate)()
 
-    All go through ``filtered`` together, on the device of their factors, which is waited for once. Layers whose numbers
-    do not prove them good go through it once more with longer filters, and then one by one to ``solve``, whose solvers
-    look at what they do: the result names them.
+
+def begin_group(
+    layers: Layers, rank: int, *, tol: float, seed: int, names: Sequence[str], certificate: str = "exact"
+) -> Callable[[], list[Factorization]]:
+    """Begin with the best rank-``rank`` approximations of layers of one shape; what is returned waits for them.
+
+    All go through ``filtered`` together, on the device of their factors, and come as ``solve`` gives them for one.
+    Layers whose numbers do not prove them good go through it once more with longer filters, and then one by one to
+    ``solve``, whose solvers look at what they do: the result names them.
 
     Args:
         names: of the layers, for random addresses and errors.
         certificate: what such a single layer is solved with; here ‖ΔW‖_F² is computed in any case.
 
-    Raises:
-        AdapterError: a factor is not finite, or ΔW is too large for float32.
+    What is returned raises AdapterError: a factor is not finite, or ΔW is too large for float32.
     """
     tol = max(tol, FLOAT32_TOL)
     k = min(rank, layers.m, layers.n)
-    results: list[Factorization | None] = [None] * len(names)
+    keys = [stream(seed, name) for name in names]
+
+    def launch(places: Sequence[int], more: int) -> filtered.Found:
+        addresses = [(keys[i], b) for i in places for b in range(layers.batches[i])]
+        return filtered.launch(layers.group(places), addresses, k, tol, more)
+
     # Fewer columns than the iteration needs have an eigenproblem of their own size.
-    left = [i for i, R in enumerate(layers.ranks) if filtered.takes(R, layers.m, layers.n, k)]
-    for more in filtered.MORE:
-        if not left:
-            break
-        keys = [stream(seed, names[i]) for i in left]
-        batches = [layers.batches[i] for i in left]
-        found = filtered.solve_filtered(layers.group(left), batches, k, keys, tol, more)
-        for i, result in zip(left, found, strict=True):
-            results[i] = result
-        left = [i for i in left if results[i] is None]
-    return [
-        result or solve(layers.stack(i), rank, tol=tol, seed=seed, name=names[i], certificate=certificate)
-        for i, result in enumerate(results)
-    ]
+    able = [i for i, R in enumerate(layers.ranks) if filtered.takes(R, layers.m, layers.n, k)]
+    launched = launch(able, filtered.MORE[0]) if able else None
+
+    def results() -> list[Factorization]:
+        found: dict[int, Factorization] = {}
+        if launched is not None:
+            found |= _collected(launched, layers, able, tol)
+        for more in filtered.MORE[1:]:
+            if left := [i for i in able if i not in found]:
+                found |= _collected(launch(left, more), layers, left, tol)
+        return [
+            found.get(i) or solve(layers.stack(i), rank, tol=tol, seed=seed, name=name, certificate=certificate)
+            for i, name in enumerate(names)
+        ]
+
+    return results
+
+
+def _collected(launched: filtered.Found, layers: Layers, places: Sequence[int], tol: float) -> dict[int, Factorization]:
+    """The results that proved good, by place."""
+    results = filtered.collected(launched, [layers.batches[i] for i in places], tol)
+    return {i: result for i, result in zip(places, results, strict=True) if result is not None}

@@ -84,7 +84,8 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float, certifica
         return solve_gram(stack, k, key)
     if solver == "filtered":
         for more in filtered.MORE if filtered.takes(stack.R, stack.m, stack.n, k) else ():
-            (result,) = filtered.solve_filtered(groups.of([stack]), [stack.batch], k, [key], tol, more)
+            found = filtered.launch(groups.of([stack]), [(key, b) for b in range(stack.batch)], k, tol, more)
+            (result,) = filtered.collected(found, [stack.batch], tol)
             if result is not None:
                 return result
         solver = "krylov"  # whatever it could not prove, this one looks at
