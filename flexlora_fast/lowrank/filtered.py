@@ -45,8 +45,6 @@ _SHIFT = 1e-5
 _SLOWEST = 0.15
 _RESOLUTION = 3e-8
 _TINY = 1e-300
-
-
 # Filters added to the usual ones: a layer that these have not brought to ``tol`` gets the next number, and no more.
 MORE = (0, 3)
 # Column norms of the factors between which float32 Grams neither overflow nor vanish.
@@ -164,7 +162,7 @@ def _result(found: Found, report: Tensor, S: Tensor, excess: Tensor, part: slice
 def judged(report: Tensor, tol: float) -> tuple[Tensor, Tensor]:
     """The estimated excess of each layer (L,), and which layers are good: from ``Found.report`` on the CPU.
 
-    Good are those whose excess is at most ``tol``, whose factors hold what the space promised, and whose vectors are
+    Good are those whose excess is at most ``tol``, whose factors hold what the Grams promised, and whose vectors are
     orthonormal. NaN is never good, nor is a layer with so little energy beyond k that float32 products cannot tell an
     excess of ``tol``.
     """
@@ -326,9 +324,9 @@ def _eye(like: Tensor) -> Tensor:
     return torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
 
 
-def _gram64(X: Tensor, Y: Tensor, rows: int = 1 << 27) -> Tensor:
-    """Xᵀ·Y (L, w, w) in float64, some layers at a time: copies in float64 are twice as large."""
-    layers = max(1, rows // max(1, X.shape[1] * X.shape[2]))
+def _gram64(X: Tensor, Y: Tensor, entries: int = 1 << 27) -> Tensor:
+    """Xᵀ·Y (L, w, w) in float64, so many ``entries`` at a time: copies in float64 are twice as large."""
+    layers = max(1, entries // max(1, X.shape[1] * X.shape[2]))
     pairs = zip(X.split(layers), Y.split(layers), strict=True)
     return torch.cat([x.double().mT @ y.double() for x, y in pairs])
 
