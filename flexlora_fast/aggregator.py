@@ -379,7 +379,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackendError("device 'cuda' was asked for, but torch sees no GPU; `flexlora-fast doctor` says more")
     try:  # "meta", a GPU that is not there, or one without the float64 that certificates need
-        torch.ones(1, dtype=torch.float64, device=chosen).item()
+        probe = torch.ones(1, dtype=torch.float64, device=chosen)
+        probe.item()
     except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
         raise BackendError(f"device {device!r} cannot compute here: {error}") from error
-    return chosen
+    return probe.device  # with its index, as tensors name it: "cuda" is not equal to "cuda:0"

@@ -152,6 +152,13 @@ def test_one_number_settles_a_client_on_a_gpu() -> None:
     assert not admission._settled_on_device(adapter)  # not on a GPU: looked at tensor by tensor
 
 
+def test_a_device_is_named_as_its_tensors_name_it() -> None:
+    """ "cuda" and "cuda:0" are not equal, and what lies on the one would be taken for elsewhere."""
+    assert ff.Aggregator(device="cpu").device == torch.ones(1).device
+    if torch.cuda.is_available():
+        assert ff.Aggregator(device="cuda").device == torch.ones(1, device="cuda").device
+
+
 def test_addressed_signs_are_those_of_each_address() -> None:
     key = stream(3, "layer")
     both = signs_of([(key, 0), (key, 1), (key + 1, 0)], 7, 70)
@@ -201,3 +208,22 @@ def test_a_group_on_a_gpu(dtype: torch.dtype) -> None:
         assert f.U.is_cuda and f.solver == "filtered"
         assert torch.equal(f.U, again.U) and torch.equal(f.S, again.S)
         assert_right(type(f)(f.U.cpu(), f.S, f.V.cpu(), f.energy, f.solver, f.iterations, f.excess), stack, 1e-3)
+
+
+@gpu
+@needs_gpu
+def test_adapters_in_gpu_memory_are_solved_from_where_they_lie() -> None:
+    from flexlora_fast.work import Work
+    from tests.test_filtered import adapters
+
+    agg, here = ff.Aggregator(rank=10, device="cuda"), ff.Aggregator(rank=10, solver="gram")
+    for client in adapters():
+        here.add(client)
+        state = {key: X.cuda() for key, X in client.state_dict().items()}
+        agg.add(ff.Adapter.from_state_dict(state, client.config, client=client.client))
+    work = Work(agg._weighted(), agg._settings(), None, agg._resident)
+    assert work.all_here and list(work.pieces()) == []
+    found, exact = agg.finish(), here.finish()
+    for name in exact.layers:
+        assert found[name].error(10) <= exact[name].error(10) * (1 + 1e-3)
+        assert not found[name].factorization.U.is_cuda
