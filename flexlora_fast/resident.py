@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.backends.group import Group
+from flexlora_fast.lowrank.cores import Core, Dense, Grams
+from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.lowrank.grouped import How, alone
 from flexlora_fast.stack import Stack
 
 if TYPE_CHECKING:
@@ -109,7 +111,10 @@ class Resident:
 
 @dataclass(frozen=True)
 class ResidentLayers:
-    """``lowrank.grouped.Layers`` of one shape; ``usual`` makes the stack of one that needs a closer look."""
+    """``lowrank.grouped.Layers`` of one shape; ``usual`` makes the stack of one that needs a closer look.
+
+    ``dense``: solved on ΔW itself.
+    """
 
     resident: Resident
     m: int
@@ -120,17 +125,19 @@ class ResidentLayers:
     shares: Sequence[float]
     renormalize: bool
     usual: Callable[[int], Stack]
+    dense: bool = False
 
     @property
     def batches(self) -> list[int]:
         return [1] * len(self.layers)
 
-    def group(self, places: Sequence[int]) -> Group:
+    def core(self, places: Sequence[int]) -> Core:
         from flexlora_fast.backends.triton import Tabled
 
         layers = [self.layers[i] for i in places]
         table, d = self.resident.table((self.m, self.n), layers, self.names, self.shares, self.renormalize)
-        return Tabled(table, torch.from_numpy(d).to(self.resident.device))
+        group = Tabled(table, torch.from_numpy(d).to(self.resident.device))
+        return Dense(group.materialize()) if self.dense else Grams(group)
 
-    def stack(self, place: int) -> Stack:
-        return self.usual(place)
+    def alone(self, place: int, rank: int, how: How) -> Factorization:
+        return alone(self.usual(place), place, rank, how)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from flexlora_fast import memory
-from flexlora_fast.lowrank.grouped import Layers, Stacks, begin_group
+from flexlora_fast.lowrank.grouped import How, Layers, Stacks, begin_group
 from flexlora_fast.precision import full_precision
 from flexlora_fast.resident import ResidentLayers
 from flexlora_fast.stack import Stack
@@ -48,9 +48,9 @@ def in_flight(work: Work) -> int:
 def begin(work: Work, layers: Sequence[LayerPlan], pieces: Iterator[Piece]) -> Callable[[], list[LayerUpdate]]:
     """Have the device begin with layers of one shape; what is returned waits for it and gives their updates."""
     source, biases = _resident(work, layers) if work.all_here else _read(work, layers, pieces)
-    of, rank = work.settings, layers[0].rank
-    names = [layer.spec.name for layer in layers]
-    results = begin_group(source, rank, tol=of.tol, seed=of.seed, names=names, certificate=of.certificate)
+    of = work.settings
+    how = How(of.tol, of.seed, [layer.spec.name for layer in layers], of.certificate)
+    results = begin_group(source, layers[0].rank, how)
 
     @full_precision()
     def updates() -> list[LayerUpdate]:
