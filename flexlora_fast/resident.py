@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.lowrank.cores import Core, Dense, Grams
+from flexlora_fast.backends.group import Group
+from flexlora_fast.lowrank.cores import Core, Grams
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.grouped import How, alone
 from flexlora_fast.stack import Stack
@@ -111,10 +112,7 @@ class Resident:
 
 @dataclass(frozen=True)
 class ResidentLayers:
-    """``lowrank.grouped.Layers`` of one shape; ``usual`` makes the stack of one that needs a closer look.
-
-    ``dense``: solved on ΔW itself.
-    """
+    """``lowrank.grouped.Layers`` of one shape; ``usual`` makes the stack of one that needs a closer look."""
 
     resident: Resident
     m: int
@@ -125,19 +123,20 @@ class ResidentLayers:
     shares: Sequence[float]
     renormalize: bool
     usual: Callable[[int], Stack]
-    dense: bool = False
 
     @property
     def batches(self) -> list[int]:
         return [1] * len(self.layers)
 
-    def core(self, places: Sequence[int]) -> Core:
+    def group(self, places: Sequence[int]) -> Group:
         from flexlora_fast.backends.triton import Tabled
 
         layers = [self.layers[i] for i in places]
         table, d = self.resident.table((self.m, self.n), layers, self.names, self.shares, self.renormalize)
-        group = Tabled(table, torch.from_numpy(d).to(self.resident.device))
-        return Dense(group.materialize()) if self.dense else Grams(group)
+        return Tabled(table, torch.from_numpy(d).to(self.resident.device))
+
+    def core(self, places: Sequence[int]) -> Core:
+        return Grams(self.group(places))
 
     def alone(self, place: int, rank: int, how: How) -> Factorization:
         return alone(self.usual(place), place, rank, how)
