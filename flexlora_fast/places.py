@@ -171,6 +171,11 @@ class Selection:
     nbytes: np.ndarray
     coefficients: np.ndarray
 
+    def at(self, layers: Sequence[int]) -> Selection:
+        """Some of the layers, by their places."""
+        i = np.asarray(layers, dtype=np.int64)
+        return Selection(self.dtypes, self.present[i], self.places[:, i], self.nbytes[:, i], self.coefficients[i])
+
     def table(self, shape: tuple[int, int], device: torch.device, kept: Any) -> tuple[Table, np.ndarray]:
         """The table of layers of ``shape`` (m, n) whose factors lie on ``device``, kept alive by ``kept``; and d (L, W)
         float64 as a ``Group`` has it.

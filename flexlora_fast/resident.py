@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +10,8 @@ import torch
 
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.backends.group import Group
-from flexlora_fast.lowrank.cores import Core, Grams
-from flexlora_fast.lowrank.factorization import Factorization
-from flexlora_fast.lowrank.grouped import How, alone
+from flexlora_fast.backends.transfer import moved
 from flexlora_fast.places import Chosen, Note, Outline
-from flexlora_fast.stack import Stack
 
 if TYPE_CHECKING:
     from flexlora_fast.kernels.table import Table
@@ -70,34 +66,11 @@ class Resident:
         kept = [note.adapter for note in notes]
         return Chosen(notes, shares, renormalize).of(layers).table(shape, self.device, kept)
 
-
-@dataclass(frozen=True)
-class ResidentLayers:
-    """``lowrank.grouped.Layers`` of one shape; ``usual`` makes the stack of one that needs a closer look."""
-
-    resident: Resident
-    m: int
-    n: int
-    layers: Sequence[str]
-    ranks: Sequence[int]
-    names: Sequence[str]
-    shares: Sequence[float]
-    renormalize: bool
-    usual: Callable[[int], Stack]
-
-    @property
-    def batches(self) -> list[int]:
-        return [1] * len(self.layers)
-
-    def group(self, places: Sequence[int]) -> Group:
+    def group(
+        self, shape: tuple[int, int], layers: Sequence[str], names: Sequence[str], shares: Any, renormalize: bool
+    ) -> Group:
+        """The group of that table; arguments as for ``table``."""
         from flexlora_fast.backends.triton import Tabled
 
-        layers = [self.layers[i] for i in places]
-        table, d = self.resident.table((self.m, self.n), layers, self.names, self.shares, self.renormalize)
-        return Tabled(table, torch.from_numpy(d).to(self.resident.device))
-
-    def core(self, places: Sequence[int]) -> Core:
-        return Grams(self.group(places))
-
-    def alone(self, place: int, rank: int, how: How) -> Factorization:
-        return alone(self.usual(place), place, rank, how)
+        table, d = self.table(shape, layers, names, shares, renormalize)
+        return Tabled(table, moved(torch.from_numpy(d), table.device))

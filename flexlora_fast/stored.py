@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -174,18 +175,35 @@ class Wanted:
                 layer=self.layers[self.factor[error.index] // 2],
             ) from error
 
-    def table(self, shape: tuple[int, int], arrival: Arrival) -> tuple[Table, np.ndarray]:
+    def pieces(self, columns: int) -> list[Wanted]:
+        """The same in pieces of neighbouring clients, as many as have so many columns together, summed over layers."""
+        ranks = np.where(self.selection.present, self.selection.places[0, :, :, 3], 0).sum(axis=0)  # (K,)
+        before = np.cumsum(ranks) - ranks
+        pieces, first = [], 0
+        while first < len(ranks):
+            stop = int(np.searchsorted(before, before[first] + columns))
+            pieces.append(self._part(first, stop))
+            first = stop
+        return pieces
+
+    def _part(self, first: int, stop: int) -> Wanted:
+        """Clients ``first`` … ``stop`` of the round alone."""
+        K = self.selection.present.shape[1]
+        present = self.selection.present & (first <= np.arange(K)) & (np.arange(K) < stop)
+        mine = (first <= self.client) & (self.client < stop)
+        ranges = Ranges(self.ranges.descriptor[mine], self.ranges.start[mine], self.ranges.nbytes[mine])
+        selection = dataclasses.replace(self.selection, present=present)
+        return Wanted(self.reading, self.layers, selection, ranges, self.client[mine], self.factor[mine])
+
+    def table(
+        self, shape: tuple[int, int], arrival: Arrival, places: Sequence[int] | None = None
+    ) -> tuple[Table, np.ndarray]:
         """The table of these layers, of ``shape`` (m, n), from where they were brought to, and d (L, W) float64 as a
-        ``Group`` has it.
+        ``Group`` has it; of those at ``places`` alone where given.
         """
         layer, side = np.divmod(self.factor, 2)
-        places = self.selection.places.copy()
-        places[side, layer, self.client, 0] = arrival.buffer.data_ptr() + arrival.offsets
-        brought = Selection(
-            self.selection.dtypes,
-            self.selection.present,
-            places,
-            self.selection.nbytes,
-            self.selection.coefficients,
-        )
-        return brought.table(shape, arrival.buffer.device, arrival)
+        there = self.selection.places.copy()
+        there[side, layer, self.client, 0] = arrival.buffer.data_ptr() + arrival.offsets
+        brought = dataclasses.replace(self.selection, places=there)
+        chosen = brought if places is None else brought.at(places)
+        return chosen.table(shape, arrival.buffer.device, arrival)
