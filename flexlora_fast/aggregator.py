@@ -173,7 +173,7 @@ class Aggregator:
         self.rank, self.method, self.solver, self.tol = rank, methods.get(method), plan.check_solver(solver), tol
         self.device, self.seed, self.missing = _device(device), seed, missing
         self.certificate = plan.check_certificate(certificate)
-        self.memory_limit = memory.parse_limit(memory_limit)
+        self.memory_limit, self._room = memory.parse_limit(memory_limit), memory_limit
         if results not in RESULTS:
             raise OptionError(f"results {results!r} is neither 'cpu' nor 'device'")
         self.read, self.results, self.progress = read, results, progress
@@ -292,6 +292,7 @@ class Aggregator:
             self.memory_limit,
             self.certificate,
             self.results,
+            memory.room(self.device, self._room),
         )
 
     def _gram_table(self) -> GramTable | None:

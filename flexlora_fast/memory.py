@@ -61,6 +61,17 @@ def free(device: torch.device) -> int:
     return default_limit()
 
 
+def room(device: torch.device, limit: int | str | None) -> int:
+    """Bytes of the device's memory that a round may take: what is free, and no more than ``limit`` where it is given.
+
+    Raises ``OptionError`` as ``parse_limit`` does.
+    """
+    if device.type == "cpu":
+        return parse_limit(limit)
+    there = free(device) * 9 // 10  # the rest is lost between torch's blocks
+    return there if limit is None else min(there, parse_limit(limit))
+
+
 def show(nbytes: float) -> str:
     """Bytes for people.
 

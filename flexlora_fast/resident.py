@@ -16,6 +16,9 @@ import torch
 
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.backends.group import Group
+from flexlora_fast.lowrank.cores import Core, Grams
+from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.lowrank.grouped import How, alone
 from flexlora_fast.stack import Stack
 
 if TYPE_CHECKING:
@@ -132,5 +135,8 @@ class ResidentLayers:
         table, d = self.resident.table((self.m, self.n), layers, self.names, self.shares, self.renormalize)
         return Tabled(table, torch.from_numpy(d).to(self.resident.device))
 
-    def stack(self, place: int) -> Stack:
-        return self.usual(place)
+    def core(self, places: Sequence[int]) -> Core:
+        return Grams(self.group(places))
+
+    def alone(self, place: int, rank: int, how: How) -> Factorization:
+        return alone(self.usual(place), place, rank, how)

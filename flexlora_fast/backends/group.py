@@ -42,6 +42,10 @@ class Group(Protocol):
         """P·Z for Z (L, W, l) -> (L, m, l)."""
         ...
 
+    def materialize(self, out: Tensor | None = None) -> Tensor:
+        """ΔW (L, m, n) float32, or ``out`` with it added."""
+        ...
+
 
 class Packed:
     """A group as packed float32 copies of its factors, multiplied by torch: complete, readable, on any device."""
@@ -63,6 +67,11 @@ class Packed:
 
     def combine(self, Z: Tensor) -> Tensor:
         return self._P @ Z
+
+    def materialize(self, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = self._P.new_zeros(self.layers, self.m, self.n)
+        return out.baddbmm_(self._P * self.d.unsqueeze(1).to(self._P), self._Q)
 
 
 def coefficients(stacks: Sequence[Stack], width: int, device: torch.device) -> Tensor:
