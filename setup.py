@@ -85,7 +85,7 @@ def extension() -> Extension:
             raise SystemExit(f"FLEXLORA_CUDA=1, but {reason}")
         return Extension(NAME, sources=[])
     cuda = cuda_wanted()
-    folders = ["csrc", "csrc/cpu"] + ["csrc/cuda"] * cuda
+    folders = ["csrc", "csrc/cpu", "csrc/cuda"]  # csrc/cuda/*.cpp run its device code on the CPU
     patterns = ["*.cpp"] + ["*.cu"] * cuda
     sources = sorted(str(p.relative_to(ROOT)) for f in folders for glob in patterns for p in (ROOT / f).glob(glob))
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension

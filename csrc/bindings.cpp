@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/matmul.h"
+#include "cuda/host.h"
 
 namespace py = pybind11;
 using flexlora::cpu::Precision;
@@ -55,4 +56,5 @@ sums are float32, and scale multiplies float32 values either way.
 symmetric: the product is, and one triangle is computed.
 The order of summation depends on K and scale alone. Inputs are never modified; out must not overlap them.
 Raises ValueError, quoting the value, where shapes, types or devices do not fit.)doc");
+    flexlora::host::bind(m.def_submodule("emulated"));
 }
