@@ -110,7 +110,7 @@ def extension() -> Extension:
     """The extension without its CUDA kernels, which the build adds; a bare placeholder where it will be skipped."""
     if skip_reason():
         return Extension(NAME, sources=[])
-    folders = ("csrc", "csrc/cpu", "csrc/cuda")
+    folders = ("csrc", "csrc/cpu", "csrc/cuda")  # csrc/cuda/*.cpp run its device code on the CPU
     sources = sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.cpp"))
     # No -march=native: the wheel must run on other machines. Products come from oneDNN's kernels inside torch, which
     # pick their instructions at run time, and so do the loops around them. The C++ standard is the one torch's headers

@@ -9,7 +9,9 @@ namespace {
 
 std::string described(const Argument& argument) {
     std::ostringstream text;
-    if (const auto* address = std::get_if<Address>(&argument)) text << "a " << address->type << " tensor";
+    if (const auto* address = std::get_if<Address>(&argument)) {
+        text << (address->type.empty() ? "None" : "a tensor of " + address->type);
+    }
     if (const auto* integer = std::get_if<std::int64_t>(&argument)) text << "the int " << *integer;
     if (const auto* real = std::get_if<double>(&argument)) text << "the float " << *real;
     if (const auto* other = std::get_if<Other>(&argument)) text << other->description;
@@ -20,7 +22,9 @@ std::string described(const Argument& argument) {
 bool fit(const std::string& parameter, const Argument& argument, Slot& slot) {
     if (const auto* address = std::get_if<Address>(&argument)) {
         slot.address = address->value;
-        return parameter == address->type + "*";
+        const std::string& type = address->type;
+        if (type.empty()) return parameter.back() == '*';
+        return parameter == (type == "bool" ? "uint8" : type) + "*";
     }
     if (const auto* integer = std::get_if<std::int64_t>(&argument)) {
         if (parameter == "int64") {

@@ -22,11 +22,13 @@ template <>
 inline constexpr const char* type_name<long long> = "int64";
 template <>
 inline constexpr const char* type_name<int> = "int32";
+template <>
+inline constexpr const char* type_name<unsigned char> = "uint8";
 
 template <class T>
 std::string parameter() {
     using Value = std::remove_const_t<std::remove_pointer_t<T>>;
-    static_assert(type_name<Value> != nullptr, "a kernel takes double, float, long long, int, or pointers to them");
+    static_assert(type_name<Value> != nullptr, "not a type that a kernel may take");
     return std::string(type_name<Value>) + (std::is_pointer_v<T> ? "*" : "");
 }
 
@@ -43,7 +45,7 @@ Kernel kernel_of(void (*function)(P...)) {
     return {reinterpret_cast<const void*>(function), {parameter<P>()...}};
 }
 
-// A tensor's address, and the name of its dtype.
+// A tensor's address and the name of its dtype, or no address and no type. bool fits where uint8 is expected.
 struct Address {
     std::uintptr_t value;
     std::string type;

@@ -1,8 +1,14 @@
-// Every kernel: the files they are in, and their names. nvcc compiles them ahead of time, NVRTC at run time and g++
-// to run on a CPU in tests; none of them includes a header of CUDA's, torch's or the standard library's.
+// Every kernel: the files they are in, and their names. nvcc compiles them ahead of time and NVRTC at run time.
 
 #pragma once
 
+#include "ritz.cuh"
 #include "signs.cuh"
+#include "whiten.cuh"
 
-#define FLEXLORA_KERNELS(kernel) kernel(signs)
+#define FLEXLORA_KERNELS(kernel) \
+    kernel(flexlora_condition)   \
+    kernel(flexlora_ritz)        \
+    kernel(flexlora_rotate)      \
+    kernel(flexlora_signs)       \
+    kernel(flexlora_whiten)

@@ -1,12 +1,13 @@
-// The arithmetic of signs.cuh, compiled for the CPU: what its test compares with random.py.
+// The arithmetic of signs.cuh on the CPU: what its test holds against lowrank/random.py.
 
 #pragma once
 
-#include <cstdint>
+#include <ATen/core/Tensor.h>
 
-namespace flexlora::emulated {
+namespace flexlora::host {
 
-// As the kernel `signs`: addresses (count, 2), out (count, rows, cols), 16-byte aligned.
-void signs(const std::int64_t* addresses, std::int64_t count, int rows, int cols, float* out);
+// As the kernel flexlora_signs, for addresses (count, 2) int64 -> (count, rows, cols) float32. Throws
+// std::invalid_argument where `addresses` is anything else.
+at::Tensor signs(const at::Tensor& addresses, int rows, int cols);
 
-}  // namespace flexlora::emulated
+}  // namespace flexlora::host
