@@ -11,12 +11,63 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 # Ampere, Hopper and Blackwell: GPUs that compute in float64 at a useful rate. Newer ones compile the last one's PTX.
 USUAL = ("8.0", "9.0", "10.0")
 # As CuPy compiles the same sources at run time, so that results are the same bits either way.
 FLAGS = ("-O3", "-std=c++17", "-ftz=true", "-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden")
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """What the kernels are built with, and the GPUs they are built for.
+
+    ``release``: its version, "13.0". ``runtime``: CUDA's runtime as a static library. ``architectures``: "9.0", or
+    "9.0+PTX" where PTX is kept as well.
+    """
+
+    nvcc: Path
+    release: str
+    runtime: Path
+    architectures: list[str]
+
+
+def choice() -> str:
+    """FLEXLORA_CUDA: "0", "1", or "" where it is left to what is installed."""
+    said = os.environ.get("FLEXLORA_CUDA", "")
+    if said not in {"", "0", "1"}:
+        raise SystemExit(f"FLEXLORA_CUDA={said!r}: set it to 0 or 1, or leave it unset")
+    return said
+
+
+def plan(folder: Path, torch: ModuleType) -> Toolkit | str:
+    """What to build the sources in ``folder`` with, or why they are left out.
+
+    Asks for the toolkit and not for a GPU: wheels are built on machines without one.
+    """
+    if (said := choice()) == "0":
+        return "FLEXLORA_CUDA=0 was set while building"
+    if not list(folder.glob("*.cu")):
+        return "there are no CUDA sources in csrc/cuda"
+    if said == "" and torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA (FLEXLORA_CUDA=1 builds them all the same)"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        where = f"in {home}/bin" if (home := toolkit_home()) else "on PATH or in /usr/local/cuda"
+        return f"no CUDA toolkit: there is no nvcc {where}"
+    present = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    try:
+        names = architectures(
+            os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+            [torch.cuda.get_device_capability(index) for index in present],
+            supported(nvcc),
+        )
+        return Toolkit(nvcc, release(nvcc), runtime_library(nvcc), names)
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        return f"{error}"
 
 
 def toolkit_home() -> str | None:
@@ -25,7 +76,7 @@ def toolkit_home() -> str | None:
 
 
 def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME or CUDA_PATH where one is set, otherwise on PATH or in /usr/local/cuda; None if there is none."""
+    """nvcc of the toolkit that is named; otherwise on PATH, or in /usr/local/cuda. None if there is none."""
     home = toolkit_home()
     named = [str(Path(home, "bin", "nvcc"))] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     return next((Path(found) for found in map(shutil.which, named) if found), None)
@@ -41,7 +92,7 @@ def release(nvcc: Path) -> str:
 
 
 def runtime_library(nvcc: Path) -> Path:
-    """CUDA's runtime as a static library, from where nvcc itself would link it. Raises RuntimeError if it is not there."""
+    """CUDA's runtime as a static library, from where nvcc would link it. Raises RuntimeError if it is not there."""
     done = subprocess.run(
         [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True, check=False, timeout=60
     )
@@ -50,7 +101,7 @@ def runtime_library(nvcc: Path) -> Path:
     for folder in folders:
         if (library := folder / "libcudart_static.a").exists():
             return library.resolve()
-    raise RuntimeError(f"no libcudart_static.a beside {nvcc} (in {', '.join(map(str, folders)) or 'no folder it names'})")
+    raise RuntimeError(f"no libcudart_static.a where {nvcc} looks: {', '.join(map(str, folders)) or 'nowhere'}")
 
 
 def architectures(listed: str, present: Sequence[tuple[int, int]], supported: Sequence[str]) -> list[str]:
@@ -95,17 +146,17 @@ def code_flags(names: Sequence[str]) -> list[str]:
     return flags
 
 
-def compile_objects(nvcc: Path, sources: Sequence[Path], include: Path, names: Sequence[str], folder: Path) -> list[str]:
-    """Compile each source for these architectures into ``folder``; the objects. Raises RuntimeError in nvcc's words."""
+def compile_objects(toolkit: Toolkit, include: Path, folder: Path) -> list[str]:
+    """Compile ``include``/cuda/*.cu; the objects, in ``folder``. Raises RuntimeError in nvcc's words."""
     folder.mkdir(parents=True, exist_ok=True)
     host = os.environ.get("CXX", "").split()[:1]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    shared = [*FLAGS, *(["-ccbin", *host] if host else []), "--threads", jobs, *code_flags(names), f"-I{include}"]
+    flags = [*FLAGS, *(["-ccbin", *host] if host else []), "--threads", jobs, *code_flags(toolkit.architectures)]
     objects = []
-    for source in sources:
+    for source in sorted(include.glob("cuda/*.cu")):
         target = folder / f"{source.stem}.cu.o"
-        command = [nvcc, *shared, "-c", source, "-o", target]
-        print(" ".join(map(str, command)), flush=True)
+        command = [str(toolkit.nvcc), *flags, f"-I{include}", "-c", str(source), "-o", str(target)]
+        print(" ".join(command), flush=True)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         print(done.stdout + done.stderr, end="", flush=True)
         if done.returncode:

@@ -20,10 +20,8 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -42,54 +40,10 @@ else:
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # an isolated build does not have this folder there
 import build_cuda  # noqa: E402
+from build_cuda import Toolkit  # noqa: E402
 
 NAME = "flexlora_fast._C"
 INFO = "_build_info.json"
-
-
-def cuda_choice() -> str:
-    """FLEXLORA_CUDA: "0", "1", or "" where it is left to what is installed."""
-    choice = os.environ.get("FLEXLORA_CUDA", "")
-    if choice not in {"", "0", "1"}:
-        raise SystemExit(f"FLEXLORA_CUDA={choice!r}: set it to 0 or 1, or leave it unset")
-    return choice
-
-
-@dataclass(frozen=True)
-class Cuda:
-    """What the CUDA kernels are built with, and the GPUs they are built for."""
-
-    nvcc: Path
-    release: str
-    runtime: Path
-    architectures: list[str]
-
-
-def plan_cuda() -> Cuda | str:
-    """How to build the CUDA kernels, or why they are left out.
-
-    Asks for the toolkit and not for a GPU: wheels are built on machines without one.
-    """
-    if (choice := cuda_choice()) == "0":
-        return "FLEXLORA_CUDA=0 was set while building"
-    if not list(ROOT.glob("csrc/cuda/*.cu")):
-        return "there are no CUDA sources in csrc/cuda"
-    if choice == "" and torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA (FLEXLORA_CUDA=1 builds them all the same)"
-    nvcc = build_cuda.find_nvcc()
-    if nvcc is None:
-        where = f"{home}/bin" if (home := build_cuda.toolkit_home()) else "PATH or in /usr/local/cuda"
-        return f"no CUDA toolkit: there is no nvcc on {where}"
-    present = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    try:
-        names = build_cuda.architectures(
-            os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
-            [torch.cuda.get_device_capability(index) for index in present],
-            build_cuda.supported(nvcc),
-        )
-        return Cuda(nvcc, build_cuda.release(nvcc), build_cuda.runtime_library(nvcc), names)
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        return f"{error}"
 
 
 def skip_reason() -> str | None:
@@ -113,16 +67,16 @@ def extension() -> Extension:
     folders = ("csrc", "csrc/cpu", "csrc/cuda")  # csrc/cuda/*.cpp run its device code on the CPU
     sources = sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.cpp"))
     # No -march=native: the wheel must run on other machines. Products come from oneDNN's kernels inside torch, which
-    # pick their instructions at run time, and so do the loops around them. The C++ standard is the one torch's headers
-    # ask for. OpenMP is torch's thread pool: without the flag at::parallel_for, a template in its headers, runs on one
-    # thread.
+    # pick their instructions at run time, and so do the loops around them. C++20 is what torch 2.13's headers ask for;
+    # 2.11 would leave it at 17. OpenMP is torch's thread pool: without the flag at::parallel_for, a template in its
+    # headers, runs on one thread.
     openmp = ["-fopenmp"] if torch.backends.openmp.is_available() else []
     return cpp_extension.CppExtension(
         NAME,
         sources,
         depends=[str(path) for pattern in ("*.h", "*.cuh") for path in (ROOT / "csrc").rglob(pattern)],
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=["-O3", "-g0", "-Wall", "-Wextra", *openmp],
+        extra_compile_args=["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", *openmp],
         extra_link_args=openmp,
     )
 
@@ -130,12 +84,12 @@ def extension() -> Extension:
 class BuildNative(BaseBuild):
     """``build_ext`` that may fail: the reason is printed and kept, and the package installs without it."""
 
-    cuda: Cuda | str = "the extension was not built"
+    cuda: Toolkit | str = "the extension was not built"
 
     def run(self) -> None:
         """Build the extension if possible, and write down what came of it."""
         reason, inplace = skip_reason(), self.inplace
-        if cuda_choice() == "1" and reason is not None:
+        if build_cuda.choice() == "1" and reason is not None:
             raise SystemExit(f"FLEXLORA_CUDA=1, but {reason}")
         if reason is None:
             self.add_cuda()
@@ -143,7 +97,7 @@ class BuildNative(BaseBuild):
                 super().run()
             # Whatever a compiler, ninja or torch's helper raises, the package works without the extension.
             except Exception as error:
-                if cuda_choice() == "1":
+                if build_cuda.choice() == "1":
                     raise
                 reason = (
                     f"the build failed ({type(error).__name__}: {error}); `pip install -v` shows the compiler's words"
@@ -157,14 +111,10 @@ class BuildNative(BaseBuild):
 
     def add_cuda(self) -> None:
         """Compile the CUDA kernels and have them linked in; without them, and with the reason, where that fails."""
-        self.cuda = plan_cuda()
-        if isinstance(self.cuda, Cuda):
-            sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-            folder = Path(self.build_temp) / "cuda"
+        self.cuda = build_cuda.plan(ROOT / "csrc/cuda", torch)
+        if isinstance(self.cuda, Toolkit):
             try:
-                objects = build_cuda.compile_objects(
-                    self.cuda.nvcc, sources, ROOT / "csrc", self.cuda.architectures, folder
-                )
+                objects = build_cuda.compile_objects(self.cuda, ROOT / "csrc", Path(self.build_temp) / "cuda")
             except (OSError, RuntimeError) as error:
                 self.cuda = f"{error}"
             else:
@@ -174,9 +124,9 @@ class BuildNative(BaseBuild):
                 hidden = f"-Wl,--exclude-libs,{self.cuda.runtime.name}"
                 target.extra_link_args += [hidden, "-lrt", "-lpthread", "-ldl"]
                 target.define_macros.append(("FLEXLORA_WITH_CUDA", "1"))
-        if isinstance(self.cuda, str) and cuda_choice() == "1":
+        if isinstance(self.cuda, str) and build_cuda.choice() == "1":
             raise SystemExit(f"FLEXLORA_CUDA=1, but {self.cuda}")
-        if isinstance(self.cuda, Cuda) or self.earlier_info().get("cuda"):
+        if isinstance(self.cuda, Toolkit) or self.earlier_info().get("cuda"):
             self.force = True  # sources as old as before do not mean that what is linked in is
 
     def package_folder(self) -> Path:
@@ -200,10 +150,10 @@ class BuildNative(BaseBuild):
         info = {
             "built": reason is None,
             "reason": reason,
-            "cuda": reason is None and isinstance(self.cuda, Cuda),
+            "cuda": reason is None and isinstance(self.cuda, Toolkit),
             "cuda_reason": self.cuda if isinstance(self.cuda, str) else reason,
-            "cuda_release": self.cuda.release if isinstance(self.cuda, Cuda) else None,
-            "cuda_architectures": self.cuda.architectures if isinstance(self.cuda, Cuda) else [],
+            "cuda_release": self.cuda.release if isinstance(self.cuda, Toolkit) else None,
+            "cuda_architectures": self.cuda.architectures if isinstance(self.cuda, Toolkit) else [],
             "torch": None if torch is None else torch.__version__,
             "python": platform.python_version(),
         }
