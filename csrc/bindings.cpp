@@ -8,10 +8,8 @@
 
 #include "cpu/matmul.h"
 #include "cuda/host.h"
-#include "cuda/signs_host.h"
-#ifdef FLEXLORA_WITH_CUDA
 #include "cuda/launch_bindings.h"
-#endif
+#include "cuda/signs_host.h"
 
 namespace py = pybind11;
 using flexlora::cpu::Precision;
@@ -64,6 +62,7 @@ Raises ValueError, quoting the value, where shapes, types or devices do not fit.
     flexlora::host::bind(emulated);
     emulated.def("signs", &flexlora::host::signs, py::arg("addresses"), py::arg("rows"), py::arg("cols"),
                  "addresses (count, 2) int64 -> (count, rows, cols) float32.");
+    flexlora::cuda::bind_slots(emulated);
 #ifdef FLEXLORA_WITH_CUDA
     flexlora::cuda::bind(m.def_submodule("cuda"));
 #endif

@@ -67,7 +67,7 @@ std::vector<Slot> slots(const std::string& name, const Kernel& kernel, const std
     const std::vector<std::string>& parameters = kernel.parameters;
     require(arguments.size() == parameters.size(), "kernel '", name, "' takes ", parameters.size(), " arguments (",
             joined(parameters), "), got ", arguments.size());
-    std::vector<Slot> packed(parameters.size());
+    std::vector<Slot> packed(parameters.size(), Slot{0});
     for (std::size_t i = 0; i < parameters.size(); ++i) {
         if (fit(parameters[i], arguments[i], packed[i])) continue;
         require(false, "kernel '", name, "', argument ", i + 1, " of ", parameters.size(), ": expected ", parameters[i],

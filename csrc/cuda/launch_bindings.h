@@ -1,4 +1,4 @@
-// The Python face of launch.h: flexlora_fast._C.cuda.
+// The Python face of kernel.h and launch.h.
 
 #pragma once
 
@@ -6,6 +6,12 @@
 
 namespace flexlora::cuda {
 
+// How arguments are converted, for tests on the CPU: flexlora_fast._C.emulated.slots.
+void bind_slots(pybind11::module_& module);
+
+#ifdef FLEXLORA_WITH_CUDA
+// flexlora_fast._C.cuda.
 void bind(pybind11::module_ module);
+#endif
 
 }  // namespace flexlora::cuda

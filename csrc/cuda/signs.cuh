@@ -2,8 +2,8 @@
 //
 // Kernels:
 //   flexlora_signs(addresses, rows, cols, out)
-//       addresses (count, 2) int64: pairs (key, b) -> out (count, rows, cols) float32, ±1. Grid (count, blocks), any
-//       block; the blocks of one address share out its rows · ⌈cols/4⌉ quads. That number, and the threads that take
+//       addresses (count, 2) int64: pairs (key, b) -> out (count, rows, cols) float32, ±1. Grid (count, blocks),
+//       block 256; the blocks of one address share out its rows · ⌈cols/4⌉ quads. That number, and the threads that take
 //       them, must be below 2³⁰.
 
 #pragma once
@@ -52,7 +52,8 @@ FLEXLORA_DEVICE void write_four_signs(long long key, long long b, int quad, int 
 }  // namespace flexlora
 
 #ifdef __CUDACC__
-extern "C" __global__ void flexlora_signs(const long long* addresses, int rows, int cols, float* out) {
+extern "C" __global__ void __launch_bounds__(256)
+    flexlora_signs(const long long* addresses, int rows, int cols, float* out) {
     const long long* const address = addresses + 2 * static_cast<long long>(blockIdx.x);
     float* const matrix = out + static_cast<long long>(blockIdx.x) * rows * cols;
     const int quads = rows * flexlora::sign_quads(cols);

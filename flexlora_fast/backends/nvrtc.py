@@ -113,7 +113,7 @@ def _compiled(name: str) -> Any:
 
 
 def _slots(name: str, device: int, arguments: Sequence[Any]) -> tuple[Any, ...]:
-    """The arguments in the kernel's own types, addresses as integers; what csrc/cuda/kernel.cpp does for ``_C``.
+    """The arguments in the kernel's own types, addresses as integers; ``slots`` of csrc/cuda/kernel.cpp does the same.
 
     Raises ``ValueError``, quoting kernel, position, what was expected and what came, where one does not fit.
     """
@@ -140,8 +140,7 @@ def _slot(parameter: str, argument: Any, device: int) -> Any:
     if argument is None:
         return np.uintp(0) if parameter.endswith("*") else None
     if isinstance(argument, torch.Tensor):
-        here = argument.is_cuda and argument.get_device() == device
-        fits = here and parameter == _dtype_name(argument).replace("bool", "uint8") + "*"
+        fits = _lies_on(argument, device) and parameter == _dtype_name(argument).replace("bool", "uint8") + "*"
         return np.uintp(argument.data_ptr()) if fits else None
     if isinstance(argument, float) and parameter in {"float64", "float32"}:
         return _SCALARS[parameter](argument)
@@ -155,13 +154,18 @@ def _described(argument: Any, device: int) -> str:
     if argument is None:
         return "None"
     if isinstance(argument, torch.Tensor):
-        here = argument.is_cuda and argument.get_device() == device
-        return f"a tensor of {_dtype_name(argument)}" + ("" if here else f" on {argument.device}")
+        where = "" if _lies_on(argument, device) else f" on {argument.device}"
+        return f"a tensor of {_dtype_name(argument)}{where}"
     if isinstance(argument, float):
         return f"the float {argument:g}"
     if isinstance(argument, int) and not isinstance(argument, bool):
         return f"the int {argument}"
     return f"a {type(argument).__name__}"
+
+
+def _lies_on(tensor: torch.Tensor, device: int) -> bool:
+    """Whether it is on the GPU of that index; −1: on the CPU."""
+    return tensor.is_cuda == (device >= 0) and tensor.get_device() == device
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
