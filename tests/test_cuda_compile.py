@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -50,8 +50,8 @@ def compiled(tmp_path_factory) -> tuple[Path, dict[tuple[str, str], tuple[int, i
     folder = tmp_path_factory.mktemp("cuda")
     source, binary = folder / "all.cu", folder / "all.fatbin"
     source.write_text("".join(f'#include "{header.name}"\n' for header in HEADERS))
-    architectures = [f"-gencode=arch=compute_{t},code=[sm_{t},compute_{t}]" for t in TARGETS]
-    flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "--Werror", "all-warnings", "-I", FOLDER, "--threads", "0"]
+    architectures = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in TARGETS]
+    flags = ["-std=c++17", "-Xptxas", "-v", "--Werror", "all-warnings", "-I", FOLDER, "--threads", "0"]
     log = run("nvcc", "-fatbin", *architectures, *flags, "-o", binary, source)
     return binary, usage_by_kernel(log)
 
@@ -59,6 +59,19 @@ def compiled(tmp_path_factory) -> tuple[Path, dict[tuple[str, str], tuple[int, i
 def kernels() -> set[str]:
     pattern = r'extern "C" __global__ void\s+__launch_bounds__\([^)]*\)\s+(\w+)\('
     return {name for header in HEADERS for name in re.findall(pattern, header.read_text())}
+
+
+def triton_tools() -> list[Path]:
+    """The cuobjdump that comes with Triton, where that is installed."""
+    spec = importlib.util.find_spec("triton")
+    folders = spec.submodule_search_locations if spec else None
+    return [path for f in folders or [] for path in Path(f).glob("backends/nvidia/bin/cuobjdump")]
+
+
+def ptx_of(binary: Path) -> str:
+    source = binary.with_suffix(".cu")
+    run("nvcc", "-ptx", "-std=c++17", "-arch=sm_80", "-I", FOLDER, "-o", binary.with_suffix(".ptx"), source)
+    return binary.with_suffix(".ptx").read_text()
 
 
 @needs_nvcc
@@ -73,6 +86,21 @@ def test_kernels_compile_without_spills(compiled, record_property):
     Console(width=120).print(grid)
     assert not [key for key, (_, _, spilled) in usage.items() if spilled]
     assert not [key for key, (_, shared, _) in usage.items() if shared > 48 * 1024]
+
+
+@needs_nvcc
+def test_products_run_on_the_float64_tensor_cores(compiled):
+    """The machine code has DMMA instructions; where nothing can take it apart, PTX has to have what they come from."""
+    binary, _ = compiled
+    tools = [shutil.which("cuobjdump"), *(str(path) for path in triton_tools())]
+    if tool := next((t for t in tools if t), None):
+        text, wanted, named = run(tool, "-sass", binary), "DMMA", r"Function : (\w+)"
+    else:
+        text, wanted, named = ptx_of(binary), "mma.sync.aligned.m8n8k4", r"\.visible \.entry (\w+)"
+    parts = re.split(named, text)[1:]
+    with_products = [name for name, code in zip(parts[::2], parts[1::2], strict=True) if wanted in code]
+    for name in ("flexlora_gram64", "flexlora_apply_right"):
+        assert with_products.count(name) >= (len(TARGETS) if wanted == "DMMA" else 1)
 
 
 @pytest.mark.parametrize("header", HEADERS, ids=lambda path: path.name)

@@ -16,34 +16,34 @@ if _native.extension is None:
 E = _native.extension.emulated
 
 SIZES = [1, 2, 7, 8, 31, 33, 64, 80, 127, 160, 200, 256]
-each_size = pytest.mark.parametrize("l", SIZES)
+each_size = pytest.mark.parametrize("width", SIZES)
 # Ways of running: one thread in shared memory, and several with the matrices in global memory, as the largest are.
 WAYS = ({}, {"threads": 3, "workspace": True})
 
 
-def eye(l: int) -> Tensor:
-    return torch.eye(l, dtype=torch.float64)
+def eye(width: int) -> Tensor:
+    return torch.eye(width, dtype=torch.float64)
 
 
-def panels(l: int, m: int, condition: float, generator: torch.Generator, batch: int = 1) -> Tensor:
-    """(batch, m, l) float64 with unit columns of so large a condition number, roughly."""
-    X = torch.linalg.qr(torch.randn(batch, m, l, dtype=torch.float64, generator=generator))[0]
-    Z = torch.linalg.qr(torch.randn(batch, l, l, dtype=torch.float64, generator=generator))[0]
-    values = torch.logspace(0, -math.log10(condition), l, dtype=torch.float64)
+def panels(width: int, m: int, condition: float, generator: torch.Generator, batch: int = 1) -> Tensor:
+    """(batch, m, width) float64 with unit columns of so large a condition number, roughly."""
+    X = torch.linalg.qr(torch.randn(batch, m, width, dtype=torch.float64, generator=generator))[0]
+    Z = torch.linalg.qr(torch.randn(batch, width, width, dtype=torch.float64, generator=generator))[0]
+    values = torch.logspace(0, -math.log10(condition), width, dtype=torch.float64)
     X = (X * values) @ Z
     return X / X.norm(dim=1, keepdim=True)
 
 
-def grams(l: int, generator: torch.Generator) -> Tensor:
-    """(10, l, l): harmless, ill-conditioned, deficient, scaled beyond reason, zero and not finite."""
-    good, worse, worst = (panels(l, 2 * l + 3, c, generator)[0] for c in (3.0, 1e6, 1e10))
+def grams(width: int, generator: torch.Generator) -> Tensor:
+    """(10, width, width): harmless, ill-conditioned, deficient, scaled beyond reason, zero and not finite."""
+    good, worse, worst = (panels(width, 2 * width + 3, c, generator)[0] for c in (3.0, 1e6, 1e10))
     deficient, holes, zeros = good.clone(), good.clone(), torch.zeros_like(good)
-    deficient[:, l // 2] = good[:, 0]
-    holes[:, :: max(1, l // 3)] = 0
-    balance = torch.logspace(-3, 3, l, dtype=torch.float64)
+    deficient[:, width // 2] = good[:, 0]
+    holes[:, :: max(1, width // 3)] = 0
+    balance = torch.logspace(-3, 3, width, dtype=torch.float64)
     X = torch.stack([good, good * balance, worse, worst, deficient, holes, zeros, good * 1e75, good * 1e-75, good])
     G = X.mT @ X
-    G[9, l // 2, l // 3] = math.nan
+    G[9, width // 2, width // 3] = math.nan
     return G
 
 
@@ -59,29 +59,29 @@ def assert_whitens(T: Tensor, gram: Tensor, shift: float, tolerance: float) -> N
 
 
 @each_size
-def test_whitening(l, generator):
-    G = grams(l, generator)
+def test_whitening(width, generator):
+    G = grams(width, generator)
     expected, shifted_there = twins._whitening(G)
     T, T32, shifted = E.whiten(G)
     assert torch.equal(shifted, shifted_there)
     assert torch.equal(T32, T.float())
-    if l > 2:
+    if width > 2:
         assert shifted.tolist() == [False, False, True, True, True, True, True, False, True, True]
     for i in (0, 1, 7):
         assert_whitens(T[i], G[i], 0.0, 1e-12)
-    if l > 2:
+    if width > 2:
         for i in (2, 3, 4):
             assert_whitens(T[i], G[i], 1e-5, 1e-9)
     for got, want in zip(T, expected, strict=True):
-        # Condition numbers of the shifted matrices are l / 1e-5, to whose root the inverse is sensitive.
+        # Condition numbers of the shifted matrices are width / 1e-5, to whose root the inverse is sensitive.
         assert (got - want).abs().max() <= 1e-9 * want.abs().max()
 
 
 @each_size
-def test_conditioning(l, generator):
-    G = grams(l, generator)
+def test_conditioning(width, generator):
+    G = grams(width, generator)
     unit, norms, _ = twins._unit(G)
-    L, info = torch.linalg.cholesky_ex(unit + 1e-5 * eye(l))
+    L, info = torch.linalg.cholesky_ex(unit + 1e-5 * eye(width))
     expected = twins._inverse(L, info, norms).float()
     T = E.condition(G)
     for got, want in zip(T, expected, strict=True):
@@ -91,11 +91,11 @@ def test_conditioning(l, generator):
 
 
 @each_size
-def test_the_small_eigenproblem(l, generator):
-    G = grams(l, generator)
-    C = torch.randn(len(G), l, l, dtype=torch.float64, generator=generator)
+def test_the_small_eigenproblem(width, generator):
+    G = grams(width, generator)
+    C = torch.randn(len(G), width, width, dtype=torch.float64, generator=generator)
     C[7], C[8] = C[7] * 1e150, C[8] * 1e-150
-    C[2, l - 1, 0] = math.inf
+    C[2, width - 1, 0] = math.inf
     T, small, shifted, spoiled = E.ritz(G, C)
     alone = E.whiten(G)
     assert torch.equal(T, alone[0]) and torch.equal(shifted, alone[2])
@@ -105,19 +105,19 @@ def test_the_small_eigenproblem(l, generator):
     for i in range(len(G)):
         if i != 2:
             expected = twins._symmetric(T[i : i + 1].mT @ C[i : i + 1] @ T[i : i + 1])[0]
-            assert (small[i] - expected).abs().max() <= 1e-13 * l * (T[i].abs().mT @ C[i].abs() @ T[i].abs()).max()
+            assert (small[i] - expected).abs().max() <= 1e-13 * width * (T[i].abs().mT @ C[i].abs() @ T[i].abs()).max()
 
 
 @each_size
 @pytest.mark.parametrize("last", [False, True])
-def test_rotation_to_the_ritz_vectors(l, last, generator):
-    T = torch.randn(4, l, l, dtype=torch.float64, generator=generator).triu()
-    small = torch.randn(4, l, l, dtype=torch.float64, generator=generator)
+def test_rotation_to_the_ritz_vectors(width, last, generator):
+    T = torch.randn(4, width, width, dtype=torch.float64, generator=generator).triu()
+    small = torch.randn(4, width, width, dtype=torch.float64, generator=generator)
     small = small + small.mT
     small[1] = small[1] @ small[1]
     small[2] = 0
     values, vectors = torch.linalg.eigh(small)
-    k = -(-l // 3)
+    k = -(-width // 3)
     spoiled = torch.tensor([False, False, True, False])
     rotation, scaled, found = E.rotate(T, vectors.mT.contiguous(), values, spoiled, k, last)
     values, vectors = values.flip(1)[:, :k].clamp_min(0), vectors.flip(2)[:, :, :k]
@@ -135,9 +135,9 @@ def test_rotation_to_the_ritz_vectors(l, last, generator):
 
 
 @each_size
-def test_threads_and_memory_make_no_difference(l, generator):
-    G = grams(l, generator)
-    C = torch.randn(len(G), l, l, dtype=torch.float64, generator=generator)
+def test_threads_and_memory_make_no_difference(width, generator):
+    G = grams(width, generator)
+    C = torch.randn(len(G), width, width, dtype=torch.float64, generator=generator)
     for op, arguments in ((E.whiten, (G,)), (E.condition, (G,)), (E.ritz, (G, C))):
         first, second = (op(*arguments, **way) for way in WAYS)
         pairs = [(first, second)] if isinstance(first, Tensor) else zip(first, second, strict=True)

@@ -1,46 +1,14 @@
+// Small square matrices, one thread block each.
+
 #include "cuda/host.h"
 
-#include <ATen/ATen.h>
-
-#include "cpu/require.h"
 #include "cuda/emulate.h"
+#include "cuda/host_checks.h"
 #include "cuda/ritz.cuh"
+#include "cuda/root.cuh"
 #include "cuda/whiten.cuh"
 
 namespace flexlora::host {
-namespace {
-
-constexpr int64_t LARGEST = 256;
-
-void check(const Tensor& x, const char* name, at::ScalarType type, int64_t dimensions) {
-    require(x.device().is_cpu() && x.scalar_type() == type && x.dim() == dimensions && x.is_contiguous(), name, " is ",
-            x.scalar_type(), " of shape ", x.sizes(), " on ", x.device(), ": expected a contiguous ", type,
-            " CPU tensor of ", dimensions, " dimensions");
-}
-
-void check_execution(Execution how) {
-    require(how.threads >= 1 && how.threads <= 64, "threads is ", how.threads, ": expected 1 to 64");
-}
-
-// The size l of square float64 matrices (L, l, l).
-int matrices(const Tensor& x, const char* name) {
-    check(x, name, at::kDouble, 3);
-    const int64_t l = x.size(1);
-    require(x.size(2) == l && l >= 1 && l <= LARGEST, name, " has shape ", x.sizes(), ": expected (L, l, l), l from 1 to ",
-            LARGEST);
-    return static_cast<int>(l);
-}
-
-Tensor like(const Tensor& x, at::IntArrayRef shape, at::ScalarType type) { return at::empty(shape, x.options().dtype(type)); }
-
-flag* flags(const Tensor& x) { return reinterpret_cast<flag*>(x.data_ptr<bool>()); }
-
-// `count` doubles a layer in place of shared memory, if asked for.
-std::vector<double> workspace_of(Execution how, int64_t layers, int64_t count) {
-    return std::vector<double>(how.workspace ? layers * count : 0);
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> whiten(Execution how, const Tensor& gram) {
     check_execution(how);
@@ -118,6 +86,23 @@ std::tuple<Tensor, std::optional<Tensor>, Tensor> rotate(Execution how, const Te
             emulate("rotate", how.threads, rotate_shared(l),
                     [&](auto& block, double* shared) { flexlora::rotate(block, r, layer, square, shared); });
     return {rotation, scaled, found};
+}
+
+std::tuple<Tensor, Tensor, Tensor> root(Execution how, const Tensor& gram, const std::optional<Tensor>& only) {
+    check_execution(how);
+    const int l = matrices(gram, "gram");
+    const int64_t L = gram.size(0);
+    const flag* const which = chosen(only, L);
+    Tensor T = at::zeros_like(gram), rank = at::zeros({L}, gram.options().dtype(at::kInt));
+    Tensor again = at::zeros({L}, gram.options().dtype(at::kBool));
+    std::vector<double> space = workspace_of(how, L, packed(l));
+    double* const workspace = how.workspace ? space.data() : nullptr;
+    for (int64_t layer = 0; layer < L; ++layer)
+        emulate("root", how.threads, root_shared(l, !workspace), [&](auto& block, double* shared) {
+            flexlora::root(block, gram.data_ptr<double>(), T.data_ptr<double>(), rank.data_ptr<int>(), flags(again),
+                           which, workspace, l, layer, shared);
+        });
+    return {T, rank, again};
 }
 
 }  // namespace flexlora::host

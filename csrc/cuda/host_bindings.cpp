@@ -33,6 +33,16 @@ void bind(py::module_ module) {
         "T, vectors (L, l, l) and values (L, l) float64, spoiled (L,) -> rotation (L, l, k) float32, scaled or None, "
         "found (L, k) float64.",
         &rotate, arg("T"), arg("vectors"), arg("values"), arg("spoiled"), arg("k"), arg("last"));
+    add(module, "gram64", "XᵀY of X (L, m, w), Y (L, m, v) float32 -> (L, w, v) float64, in slices of so many rows.",
+        &gram64, arg("X"), arg("Y"), arg("symmetric") = false, arg("rows") = 1 << 30, arg("only") = py::none());
+    add(module, "root", "gram (L, l, l) float64 -> T float64, rank (L,) int32, again (L,) bool.", &root, arg("gram"),
+        arg("only") = py::none());
+    add(module, "apply_right", "Y (L, m, l) float32, T (L, l, l) float64 -> out (L, m, l) = Y·T; out may be Y.",
+        &apply_right, arg("Y"), arg("T"), arg("out"), arg("only") = py::none());
+    add(module, "scale_grams", "G, M (L, W, W) float32 in place, d (L, W) float64 -> p, r, bad, energy.", &scale_grams,
+        arg("G"), arg("M"), arg("d"));
+    add(module, "chebyshev", "a·product + b·now + c·before for (L, W, w) float32, coefficients (L, w).", &chebyshev,
+        arg("product"), arg("now"), arg("before"), arg("a"), arg("b"), arg("c"));
 }
 
 }  // namespace flexlora::host
