@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from flexlora_fast.precision import full_precision
 from flexlora_fast.resident import Resident
 from flexlora_fast.skeleton import Skeleton
 from flexlora_fast.stack import Stack
+from flexlora_fast.stored import Stored
+from flexlora_fast.streamed import PIECE_COLUMNS, Brought, Stream
 from flexlora_fast.update import LayerUpdate
 
 _READ_AHEAD = 64 * 1024**2  # bytes that are read ahead at least, where the limit has room for them
@@ -113,6 +116,7 @@ class Work:
     settings: Settings
     grams: GramTable | None = None
     resident: Resident | None = None
+    stored: Stored | None = None
     plans: list[LayerPlan] = field(init=False)  # in the order of solving
     groups: list[list[LayerPlan]] = field(init=False)  # the same in runs that are solved together
 
@@ -144,11 +148,34 @@ class Work:
 
     # -- reading ---
 
-    def pieces(self) -> Iterator[tuple[int, Callable[[], Piece]]]:
+    @cached_property
+    def streamed(self) -> bool:
+        """Whether factors are brought to the device without a look at each. Values that no sum may take up are found by
+        what becomes of them: such a layer is read again the usual way, which names the client.
+        """
+        usual = self.stored is None or self.all_here or not self.settings.method.uniform
+        if usual or not any(layer.grouped for layer in self.plans):
+            return False
+        assert self.stored is not None
+        return self.stored.has([client.name for client in self.clients])
+
+    def stream(self) -> Stream:
+        """The way that factors are brought by, of a round that is ``streamed``."""
+        assert self.stored is not None
+        shares = [client.share for client in self.clients]
+        names = [client.name for client in self.clients]
+        return Stream(self, self.stored.opened(names, shares, self.settings.missing == "renormalize"))
+
+    def pieces(self, stream: Stream | None = None) -> Iterator[tuple[int, Callable[[], Piece | Brought]]]:
         """What is to be read in the order of solving: its bytes in memory that is not held already, and how."""
-        for layer in self.plans:
-            if not (layer.grouped and self.all_here):  # those are solved from where their factors lie
-                yield from self.pieces_of(layer)
+        for group in self.groups:
+            if not group[0].grouped:
+                yield from self.pieces_of(group[0])
+            elif stream is not None:
+                yield from stream.jobs(group)
+            elif not self.all_here:  # those are solved from where their factors lie
+                for layer in group:
+                    yield from self.pieces_of(layer)
 
     def pieces_of(self, layer: LayerPlan) -> Iterator[tuple[int, Callable[[], Piece]]]:
         having = [client for client in self.clients if layer.spec.name in client.adapter.skeleton.specs]
@@ -159,7 +186,7 @@ class Work:
 
     # -- solving ---
 
-    def solved(self, pieces: Iterator[Piece]) -> Iterator[LayerUpdate]:
+    def solved(self, pieces: Iterator[Any]) -> Iterator[LayerUpdate]:
         """Every layer in the order of ``plans``. Raises ``AdapterError`` naming client and layer for bad values."""
         begun: deque[Callable[[], list[LayerUpdate]]] = deque()
         most = together.in_flight(self)
@@ -287,23 +314,33 @@ def plan_layer(name: str, skeletons: Sequence[tuple[Skeleton, int]], of: Setting
     shape = plan.Shape(spec.m, spec.n, columns, kept, of.tol, spec.experts, of.certificate)
     grouped = of.device.type != "cpu" and of.method.output == "svd"
     solver = plan.choose(shape, plan.constants_of(of.device), grouped=grouped) if of.solver == "auto" else of.solver
-    scratch = memory.scratch(solver, shape)
+    whole = LayerPlan(spec, total_rank, rank, False, nbytes, memory.scratch(solver, shape), solver == "filtered")
+    whole = dataclasses.replace(whole, grouped=whole.grouped and of.method.output == "svd")
+    least, needs = whole, _needs(whole, of)
     if of.method.folds:
-        piece = memory.piece_bytes(nbytes, total_rank, widest)
-        folded = LayerPlan(spec, total_rank, rank, True, piece, memory.scratch_folded(shape, widest))
-        if folded.held + folded.scratch <= of.room and (solver == "dense" or nbytes + scratch > of.room):
-            return dataclasses.replace(folded, grouped=grouped)
-        least = min(nbytes + scratch, folded.held + folded.scratch)
-    else:
-        least = nbytes + scratch
-    if nbytes + scratch > of.room:
+        columns = memory.PIECE_COLUMNS if of.device.type == "cpu" else PIECE_COLUMNS
+        piece = memory.piece_bytes(nbytes, total_rank, widest, columns)
+        folded = LayerPlan(spec, total_rank, rank, True, piece, memory.scratch_folded(shape, widest), grouped)
+        if _needs(folded, of) <= of.room and (solver == "dense" or needs > of.room):
+            return folded
+        least = min(whole, folded, key=lambda layer: _needs(layer, of))
+    if needs > of.room:
         fold = "" if of.method.folds else f" (method {of.method.name!r} takes all clients of a layer at once)"
         raise OptionError(
-            f"a layer of {spec.m} outputs and {spec.n} inputs with R = {total_rank} needs {memory.show(least)}{fold}, "
-            f"and {_bound(of)}",
+            f"a layer of {spec.m} outputs and {spec.n} inputs with R = {total_rank} needs "
+            f"{memory.show(_needs(least, of))}{fold}, and {_bound(of)}",
             layer=name,
         )
-    return LayerPlan(spec, total_rank, rank, False, nbytes, scratch, solver == "filtered" and of.method.output == "svd")
+    return whole
+
+
+def _needs(layer: LayerPlan, of: Settings) -> int:
+    """Bytes of ``Settings.room``: of a layer that is solved alone, what was read and the solver's scratch; see
+    ``together.runs`` for groups on a GPU.
+    """
+    if layer.grouped and of.device.type != "cpu":
+        return max(together.PARTS * layer.held, 3 * layer.scratch)
+    return layer.held + layer.scratch
 
 
 def _bound(of: Settings) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.backends.reference import gram_of
+from flexlora_fast.backends.transfer import moved
 from flexlora_fast.stack import Stack
 
 
@@ -77,7 +78,7 @@ class Packed:
 def coefficients(stacks: Sequence[Stack], width: int, device: torch.device) -> Tensor:
     """d of every layer of the group, (L, width) float64, zeros behind a layer's own columns."""
     rows = [torch.nn.functional.pad(stack.d, (0, width - stack.R)) for stack in stacks for _ in range(stack.batch)]
-    return torch.stack(rows).to(device)
+    return moved(torch.stack(rows), device)
 
 
 def _widened(X: Tensor, dim: int, width: int) -> Tensor:
