@@ -4,6 +4,7 @@
 
 #include "cuda/emulate.h"
 #include "cuda/host_checks.h"
+#include "cuda/jacobi.cuh"
 #include "cuda/ritz.cuh"
 #include "cuda/root.cuh"
 #include "cuda/whiten.cuh"
@@ -103,6 +104,37 @@ std::tuple<Tensor, Tensor, Tensor> root(Execution how, const Tensor& gram, const
                            which, workspace, l, layer, shared);
         });
     return {T, rank, again};
+}
+
+std::tuple<Tensor, Tensor, Tensor> jacobi_eigh(Execution how, const Tensor& C) {
+    check_execution(how);
+    const int l = matrices(C, "C");
+    const int64_t L = C.size(0);
+    Tensor values = like(C, {L, l}, at::kDouble), vectors = at::empty_like(C), converged = like(C, {L}, at::kBool);
+    std::vector<double> space = workspace_of(how, L, jacobi_matrix(l));
+    double* const workspace = how.workspace ? space.data() : nullptr;
+    for (int64_t layer = 0; layer < L; ++layer)
+        emulate("jacobi_eigh", how.threads, jacobi_shared(l, workspace ? 0 : 1), [&](auto& block, double* shared) {
+            flexlora::jacobi_eigh(block, C.data_ptr<double>(), values.data_ptr<double>(), vectors.data_ptr<double>(),
+                                  flags(converged), workspace, l, layer, shared);
+        });
+    return {values, vectors, converged};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> jacobi_svd(Execution how, const Tensor& A) {
+    check_execution(how);
+    const int l = matrices(A, "A");
+    const int64_t L = A.size(0);
+    Tensor U = at::empty_like(A), S = like(A, {L, l}, at::kDouble), V = at::empty_like(A);
+    Tensor converged = like(A, {L}, at::kBool);
+    std::vector<double> space = workspace_of(how, L, 2 * jacobi_matrix(l));
+    double* const workspace = how.workspace ? space.data() : nullptr;
+    for (int64_t layer = 0; layer < L; ++layer)
+        emulate("jacobi_svd", how.threads, jacobi_shared(l, workspace ? 0 : 2), [&](auto& block, double* shared) {
+            flexlora::jacobi_svd(block, A.data_ptr<double>(), U.data_ptr<double>(), S.data_ptr<double>(),
+                                 V.data_ptr<double>(), flags(converged), workspace, l, layer, shared);
+        });
+    return {U, S, V, converged};
 }
 
 }  // namespace flexlora::host

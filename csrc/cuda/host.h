@@ -35,6 +35,8 @@ void apply_right(Execution how, const Tensor& Y, const Tensor& T, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor> scale_grams(Execution how, const Tensor& G, const Tensor& M, const Tensor& d);
 Tensor chebyshev(Execution how, const Tensor& product, const Tensor& now, const std::optional<Tensor>& before,
                  const Tensor& a, const Tensor& b, const std::optional<Tensor>& c);
+std::tuple<Tensor, Tensor, Tensor> jacobi_eigh(Execution how, const Tensor& C);
+std::tuple<Tensor, Tensor, Tensor, Tensor> jacobi_svd(Execution how, const Tensor& A);
 
 // Adds them to a Python module.
 void bind(pybind11::module_ module);

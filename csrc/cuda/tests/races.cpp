@@ -11,6 +11,7 @@
 #include "cuda/chebyshev.cuh"
 #include "cuda/emulate.h"
 #include "cuda/gram64.cuh"
+#include "cuda/jacobi.cuh"
 #include "cuda/ritz.cuh"
 #include "cuda/root.cuh"
 #include "cuda/scale_grams.cuh"
@@ -72,6 +73,13 @@ void small_matrices(int l, const std::vector<double>& G) {
     check("ritz", l, ritz_shared(l, false), std::vector<double>(4 * square + l + 1), [&](auto& block, double* shared, double* out) {
         flag* const flags = reinterpret_cast<flag*>(out + 2 * square);
         ritz(block, G.data(), C.data(), out, out + square, flags, flags + 1, out + 2 * square + 1, l, 0, shared);
+    });
+    check("jacobi_eigh", l, jacobi_shared(l, 1), std::vector<double>(square + l + 1), [&](auto& block, double* shared, double* out) {
+        jacobi_eigh(block, C.data(), out + square, out, reinterpret_cast<flag*>(out + square + l), nullptr, l, 0, shared);
+    });
+    check("jacobi_svd", l, jacobi_shared(l, 2), std::vector<double>(2 * square + l + 1), [&](auto& block, double* shared, double* out) {
+        double* const S = out + 2 * square;
+        jacobi_svd(block, C.data(), out, S, out + square, reinterpret_cast<flag*>(S + l), nullptr, l, 0, shared);
     });
     const flag spoiled = 0;
     check("rotate", l, rotate_shared(l), std::vector<double>(square + l), [&](auto& block, double* shared, double* out) {
