@@ -33,8 +33,9 @@ _WORK = {
 # Functions, looked up in their module at each call, that solve the small problems of a round: in the
 # solver of whole groups, and in those of single layers.
 SMALL = (
-    ("flexlora_fast.lowrank.filtered", "_eigh"),
-    ("flexlora_fast.lowrank.filtered", "_whitening"),
+    ("flexlora_fast.backends.small", "ritz"),
+    ("flexlora_fast.backends.small", "whiten"),
+    ("flexlora_fast.backends.small", "condition"),
     ("flexlora_fast.backends.reference", "orthonormalize"),
     ("flexlora_fast.backends.reference", "eigh_small"),
 )

@@ -6,8 +6,7 @@ is at most 1 where the unwanted part of the spectrum lies, and grows fastest bey
 fewer products, but a basis of 4 to 6 blocks whose eigenproblem has to be solved whole; here all small problems have
 k + 16 columns, which is what a GPU can do for hundreds of layers at a time.
 
-It runs in R dimensions, as core.py does and with its notation: the operator is M·G, self-adjoint in the inner product
-xᵀGy. Its products stay float32: entries of the Grams rounded to bfloat16 (2⁻⁹) hide every σ below σ₁/20.
+It iterates on a ``cores.Core``: in R dimensions on two Grams, or on ΔW itself.
 
 Nothing here depends on a value: layers take the same steps, and what went wrong with one is read at the end from
 its numbers. Such layers are solved again, by more steps or by the solvers that look (``solve``).
@@ -15,19 +14,20 @@ its numbers. Such layers are solved again, by more steps or by the solvers that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flexlora_fast.backends.eigen import eigh
+from flexlora_fast.backends import small
 from flexlora_fast.backends.group import Group
+from flexlora_fast.lowrank.cores import Core, Dense, Grams
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.krylov import estimate
 from flexlora_fast.lowrank.plan import degrees
 from flexlora_fast.lowrank.random import signs_of
+from flexlora_fast.lowrank.replayed import replays
 
 # Columns beyond k: with 16 a filter of degree 3 shrinks the excess of a flat spectrum 8 times, with 32 15 times.
 OVERSAMPLING = 16
@@ -36,19 +36,12 @@ _POWERS = 2
 # Ritz vectors of this many times another's value are taken out of it as it goes through the filter: in the 1e12-fold
 # growth of the first, float32 rounding of the second would drown it.
 _APART = 8.0
-# Unit columns whose part outside the columns before them is smaller have lost it to float32 rounding of the products.
-_SHARE = 3e-3
-# What is added to the unit diagonal of a Gram matrix that has no Cholesky factor of such shares. Rounding of float32
-# products leaves eigenvalues of -1e-6 at most.
-_SHIFT = 1e-5
 # Gains are not believed to shrink faster than by this factor from one step to the next.
 _SLOWEST = 0.15
 _RESOLUTION = 3e-8
 _TINY = 1e-300
 # Filters added to the usual ones: a layer that these have not brought to ``tol`` gets the next number, and no more.
 MORE = (0, 3)
-# Column norms of the factors between which float32 Grams neither overflow nor vanish.
-_RANGE = (1e-12, 1e12)
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class Found:
         U (L, m, k), V (L, n, k) float32, orthonormal, signs canonical. S (L, k) float64, descending.
         report: (L, 7) float64: energy, captured at the last three Rayleigh-Ritz steps, captured by S, whether
             the numbers left their range or a Cholesky factor of these steps had to be shifted, largest skew of U and V.
-        products: multiplications by the operator.
+        products: multiplications by the operator. solver: the name of results.
     """
 
     U: Tensor
@@ -67,6 +60,7 @@ class Found:
     V: Tensor
     report: Tensor
     products: int
+    solver: str
 
 
 def takes(R: int, m: int, n: int, k: int) -> bool:
@@ -74,40 +68,14 @@ def takes(R: int, m: int, n: int, k: int) -> bool:
     return min(R, m, n) >= k + 2 * OVERSAMPLING
 
 
-class Core:
-    """The eigenproblem of L layers in R dimensions.
-
-    G (unit diagonal) and M (L, W, W) float32; ``energy`` = ⟨M, G⟩ = ‖ΔW‖_F² (L,) float64; ``out_of_range`` (L,) bool.
-    """
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-        self.G, self.M, self._norms, self.out_of_range = _scaled(*group.gram(), group.d)
-        self.energy = _inner(self.G, self.M)
-
-    def image(self, X: Tensor) -> Tensor:
-        """G·X for X (L, W, l)."""
-        return self.G @ X
-
-    def apply(self, H: Tensor) -> Tensor:
-        """M·H: the operator on what H = G·X is the image of."""
-        return self.M @ H
-
-    def left(self, X: Tensor) -> Tensor:
-        """P̂·X (L, m, l): the left vectors that X stands for."""
-        return self.group.combine(X / self._norms.unsqueeze(2))
-
-
-def leading_triplets(core: Core, k: int, addresses: Sequence[tuple[int, int]], schedule: Sequence[int]) -> Found:
+def leading_triplets(core: Core, k: int, start: Tensor, schedule: Sequence[int]) -> Found:
     """The k leading triplets of every layer, by filters of the degrees in ``schedule`` (two at least).
 
     Args:
-        addresses: of each layer's random start, as ``random.signs_of`` takes them.
+        start: (L, size, w) float32, random.
     """
-    size = core.G.shape[1]
-    width = min(size, k + OVERSAMPLING)
-    X = signs_of(addresses, size, width, device=core.energy.device)
-    X = _conditioned(X, core.image(X))
+    width = start.shape[2]
+    X = _conditioned(start, core.image(start))
     for _ in range(_POWERS):
         X = core.apply(core.image(X))
         X = _conditioned(X, core.image(X))
@@ -122,16 +90,29 @@ def leading_triplets(core: Core, k: int, addresses: Sequence[tuple[int, int]], s
     poor = torch.stack([shifts[0], *shifts[-3:], shifted]).any(dim=0)
     skew = torch.maximum(_skew(U), _skew(V))
     report = torch.stack([core.energy, *captured[-3:], S.square().sum(dim=1), poor.double(), skew], dim=1)
-    return Found(*_signed(U, V, S), report, _POWERS + sum(schedule) + 1)
+    return Found(*_signed(U, V, S), report, _POWERS + sum(schedule) + 1, core.solver)
 
 
-def launch(group: Group, addresses: Sequence[tuple[int, int]], k: int, tol: float, more: int = 0) -> Found:
-    """Have the device begin with the k leading triplets of layers that it ``takes``, all of a group.
+def launch(operand: Group | Tensor, addresses: Sequence[tuple[int, int]], k: int, tol: float, more: int = 0) -> Found:
+    """Have the device begin with the k leading triplets of layers that it ``takes``.
 
     Args:
-        addresses: as ``leading_triplets`` takes them. more: filters beyond those that ``tol`` usually takes.
+        operand: the layers as a group, solved on its Grams; or their dense ΔW (L, m, n) float32.
+        addresses: of each layer's random start, as ``random.signs_of`` takes them.
+        more: filters beyond those that ``tol`` usually takes.
     """
-    return leading_triplets(Core(group), k, addresses, degrees(tol, more))
+    schedule = degrees(tol, more)
+    size = min(operand.shape[1:]) if isinstance(operand, Tensor) else operand.W
+    start = signs_of(addresses, size, min(size, k + OVERSAMPLING), device=operand.device)
+    if isinstance(operand, Tensor):
+        return leading_triplets(Dense(operand), k, start, schedule)
+
+    def compute(group: Group, start: Tensor) -> Found:
+        return leading_triplets(Grams(group), k, start, schedule)
+
+    if operand.device.type != "cuda":
+        return compute(operand, start)
+    return replays.found(operand, start, compute, (k, schedule))
 
 
 def collected(found: Found, batches: Sequence[int], tol: float) -> list[Factorization | None]:
@@ -155,7 +136,7 @@ def collected(found: Found, batches: Sequence[int], tol: float) -> list[Factoriz
 def _result(found: Found, report: Tensor, S: Tensor, excess: Tensor, part: slice) -> Factorization:
     energy = torch.maximum(report[part, 0], S[part].square().sum(dim=1))
     return Factorization(
-        found.U[part], S[part].clone(), found.V[part], energy, "filtered", found.products, float(excess[part].max())
+        found.U[part], S[part].clone(), found.V[part], energy, found.solver, found.products, float(excess[part].max())
     )
 
 
@@ -178,32 +159,9 @@ def judged(report: Tensor, tol: float) -> tuple[Tensor, Tensor]:
 # -- steps ---
 
 
-def _scaled(G: Tensor, M: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """G and M with unit diagonal in G, from PᵀP and QQᵀ (L, W, W), which are overwritten (core.scaled_grams in batch).
-
-    Also the column norms (L, W) taken out of P, 1 for columns of zeros and those behind a layer's own; and where
-    norms leave the range that float32 Grams can hold, (L,) bool.
-    """
-    norms = [X.diagonal(dim1=1, dim2=2).double().sqrt() for X in (G, M)]
-    c = d * norms[0] * norms[1]
-    low, high = _RANGE
-    bad = [~((x == 0) | ((x > low) & (x < high))).all(dim=1) for x in (*norms, c.abs())]
-    p, q = (torch.where(x > 0, x, torch.ones_like(x)).float() for x in norms)
-    G.div_(p.unsqueeze(2)).div_(p.unsqueeze(1))
-    row = (c / q).float()
-    M.mul_(row.unsqueeze(2)).mul_(row.unsqueeze(1))
-    return G, M, p, torch.stack(bad).any(dim=0)
-
-
-def _inner(G: Tensor, M: Tensor, layers: int = 16) -> Tensor:
-    """⟨G, M⟩ of each layer (L,), summed in float64; some layers at a time, for the memory of the products."""
-    pairs = zip(G.split(layers), M.split(layers), strict=True)
-    return torch.cat([torch.sum(g * m, dim=(1, 2), dtype=torch.float64) for g, m in pairs])
-
-
 @dataclass(frozen=True)
 class _Ritz:
-    """Ritz vectors X (L, W, w), their images H, operator·X = Y, values (L, w) float64 descending; see _whitening."""
+    """Ritz vectors X (L, W, w), their images H, operator·X = Y, values (L, w) float64 descending; see small.ritz."""
 
     X: Tensor
     H: Tensor
@@ -215,9 +173,7 @@ class _Ritz:
 def _rayleigh_ritz(core: Core, X: Tensor) -> _Ritz:
     H = core.image(X)
     Y = core.apply(H)
-    turn, shifted = _whitening(_gram64(X, H))
-    values, vectors = _eigh(turn.mT @ _gram64(H, Y) @ turn)
-    rotation = (turn @ vectors).float()
+    values, rotation, shifted = small.ritz(small.gram64(X, H), small.gram64(H, Y))
     return _Ritz(X @ rotation, H @ rotation, Y @ rotation, values.clamp_min(0), shifted)
 
 
@@ -248,17 +204,14 @@ def _filtered(core: Core, ritz: _Ritz, degree: int) -> Tensor:
 
 def _last_pass(core: Core, left: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rayleigh-Ritz with ΔW itself on the span of ``left``: U, S, V and whether a Cholesky factor was shifted."""
-    turn, first = _whitening(_gram64(left, left))
+    turn, first = small.whiten(small.gram64(left, left))
     U = left @ turn.float()
-    W = core.group.project_t(U)
+    W = core.project_t(U)
     # U is orthonormal to float32 rounding only, which would bias the Ritz values (see core._last_pass).
-    turn, second = _whitening(_gram64(U, U))
-    values, rotation = _eigh(turn.mT @ _gram64(W, W) @ turn)
-    S = values[:, :k].clamp_min(0).sqrt()
-    rotation = turn @ rotation[:, :, :k]
-    inverse = torch.where(1e-7 * S[:, :1] < S, 1 / S.clamp_min(_TINY), torch.zeros_like(S))
-    U, V = U @ rotation.float(), W @ (rotation * inverse.unsqueeze(1)).float()
-    (U, third), (V, fourth) = _orthonormal(U), _orthonormal(V)
+    values, rotation, second = small.ritz(small.gram64(U, U), small.gram64(W, W))
+    S, rotation = values[:, :k].clamp_min(0).sqrt(), rotation[:, :, :k]
+    inverse = torch.where(1e-7 * S[:, :1] < S, 1 / S.clamp_min(_TINY), torch.zeros_like(S)).unsqueeze(1)
+    (U, third), (V, fourth) = _orthonormal(U @ rotation), _orthonormal(W @ (rotation * inverse).float())
     return U, S, V, first | second | third | fourth
 
 
@@ -267,79 +220,19 @@ def _orthonormal(X: Tensor) -> tuple[Tensor, Tensor]:
 
     Vectors of small singular values come with the rounding of the large ones in them.
     """
-    turn, shifted = _whitening(_gram64(X, X))
+    turn, shifted = small.whiten(small.gram64(X, X))
     return X @ turn.float(), shifted
 
 
 def _conditioned(X: Tensor, H: Tensor) -> Tensor:
     """Columns that span what X (L, W, w) does and are far from dependent; H are their images.
 
-    Shifted Cholesky QR (Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa, SIAM J. Sci. Comput. 42, 2020): each
-    pass lifts what float32 can still see of the small directions by 1/√shift. They need not be orthonormal, since
-    Rayleigh-Ritz takes the inner product into account.
+    They need not be orthonormal, since Rayleigh-Ritz takes the inner product into account.
     """
     for _ in range(3):
-        unit, norms, _ = _unit(_gram64(X, H))
-        L, info = torch.linalg.cholesky_ex(unit + _SHIFT * _eye(unit))
-        turn = _inverse(L, info, norms).float()
+        turn = small.condition(small.gram64(X, H)).float()
         X, H = X @ turn, H @ turn
     return X
-
-
-def _whitening(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """T (L, w, w) float64, upper triangular, with Tᵀ·gram·T = I; and where it is only nearly so, (L,) bool.
-
-    Those are Gram matrices too near to a singular one for the shares of their columns to be more than rounding, which
-    get a multiple of the diagonal added; and matrices that are not finite, for which T only scales.
-    """
-    unit, norms, finite = _unit(gram)
-    L, info = torch.linalg.cholesky_ex(unit)
-    shifted = (info != 0) | ~(L.diagonal(dim1=1, dim2=2).amin(dim=1) > _SHARE) | ~finite
-    # Computed for all layers: which ones need it is not known here.
-    other, failed = torch.linalg.cholesky_ex(unit + _SHIFT * _eye(unit))
-    chosen = torch.where(shifted.view(-1, 1, 1), other, L)
-    return _inverse(chosen, torch.where(shifted, failed, info), norms), shifted
-
-
-def _unit(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The symmetric part of Gram matrices with unit diagonal, the scaling of columns that made it so (L, w), and where
-    they are finite (L,): the identity stands for those that are not.
-    """
-    squares = gram.diagonal(dim1=1, dim2=2)
-    # Of columns that vanish, float32 products can leave a square that is not even positive: they stay out.
-    norms = torch.where(squares > 1e-60, squares.clamp_min(1e-60).rsqrt(), torch.zeros_like(squares))
-    unit = _symmetric(gram) * norms.unsqueeze(1) * norms.unsqueeze(2)
-    finite = unit.isfinite().all(dim=2).all(dim=1)
-    return torch.where(finite.view(-1, 1, 1), unit, _eye(unit)), norms, finite
-
-
-def _inverse(L: Tensor, info: Tensor, norms: Tensor) -> Tensor:
-    """diag(norms)·L⁻ᵀ of Cholesky factors, as ``cholesky_ex`` gives them; with L = I where there is none."""
-    L = torch.where((info != 0).view(-1, 1, 1), _eye(L), L)
-    inverse = torch.linalg.solve_triangular(L, _eye(L).expand_as(L), upper=False)
-    return inverse.mT * norms.unsqueeze(2)
-
-
-def _eye(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
-
-
-def _gram64(X: Tensor, Y: Tensor, entries: int = 1 << 27) -> Tensor:
-    """Xᵀ·Y (L, w, w) in float64, so many ``entries`` at a time: copies in float64 are twice as large."""
-    layers = max(1, entries // max(1, X.shape[1] * X.shape[2]))
-    pairs = zip(X.split(layers), Y.split(layers), strict=True)
-    return torch.cat([x.double().mT @ y.double() for x, y in pairs])
-
-
-def _eigh(C: Tensor) -> tuple[Tensor, Tensor]:
-    """``eigen.eigh`` of the symmetric part of C (L, w, w); values NaN where C is not finite, which no solver takes."""
-    finite = C.isfinite().all(dim=2).all(dim=1)
-    values, vectors = eigh(_symmetric(torch.where(finite.view(-1, 1, 1), C, torch.zeros_like(C))))
-    return torch.where(finite.unsqueeze(1), values, torch.full_like(values, math.nan)), vectors
-
-
-def _symmetric(C: Tensor) -> Tensor:
-    return (C + C.mT) / 2
 
 
 def _skew(X: Tensor) -> Tensor:

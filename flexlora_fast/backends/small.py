@@ -1,0 +1,123 @@
+"""Dense linear algebra on many small matrices at once, in float64, without a look at any value: the torch twins.
+
+These are the small problems of a round over groups of layers (``lowrank.filtered``): Grams of panels of l = k + 16
+columns, their Cholesky factors and eigenproblems. What goes wrong with one matrix comes back as a flag or as NaN in its
+own results, and never as an exception or in another's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flexlora_fast.backends.eigen import eigh
+
+# Unit columns whose part outside the columns before them is smaller have lost it to float32 rounding of the products.
+SHARE = 3e-3
+# What is added to the unit diagonal of a Gram matrix that has no Cholesky factor of such shares. Rounding of float32
+# products leaves eigenvalues of -1e-6 at most.
+SHIFT = 1e-5
+# Column norms of the factors between which float32 Grams neither overflow nor vanish.
+RANGE = (1e-12, 1e12)
+
+
+def gram64(X: Tensor, Y: Tensor, entries: int = 1 << 27) -> Tensor:
+    """Xᵀ·Y (L, w, v) in float64 for X (L, m, w) and Y (L, m, v) float32.
+
+    So many ``entries`` at a time: copies in float64 are twice as large.
+    """
+    layers = max(1, entries // max(1, X.shape[1] * X.shape[2]))
+    pairs = zip(X.split(layers), Y.split(layers), strict=True)
+    return torch.cat([x.double().mT @ y.double() for x, y in pairs])
+
+
+def whiten(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """T (L, w, w) float64, upper triangular, with Tᵀ·gram·T = I; and where it is only nearly so, (L,) bool.
+
+    Those are Gram matrices too near to a singular one for the shares of their columns to be more than rounding, which
+    get a multiple of the diagonal added; and matrices that are not finite, for which T only scales.
+    """
+    unit, norms, finite = _unit(gram)
+    L, info = torch.linalg.cholesky_ex(unit)
+    shifted = (info != 0) | ~(L.diagonal(dim1=1, dim2=2).amin(dim=1) > SHARE) | ~finite
+    # Computed for all layers: which ones need it is not known here.
+    other, failed = torch.linalg.cholesky_ex(unit + SHIFT * _eye(unit))
+    chosen = torch.where(shifted.view(-1, 1, 1), other, L)
+    return _inverse(chosen, torch.where(shifted, failed, info), norms), shifted
+
+
+def condition(gram: Tensor) -> Tensor:
+    """T (L, w, w) float64: X·T has far from dependent columns for X of this Gram matrix, and spans what X does.
+
+    A pass of shifted Cholesky QR (Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa, SIAM J. Sci. Comput. 42, 2020):
+    it lifts what float32 can still see of the small directions by 1/√shift.
+    """
+    unit, norms, _ = _unit(gram)
+    L, info = torch.linalg.cholesky_ex(unit + SHIFT * _eye(unit))
+    return _inverse(L, info, norms)
+
+
+def ritz(gram: Tensor, core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rayleigh-Ritz on X·span, from gram = XᵀGX and core = XᵀGCGX, both (L, w, w) float64.
+
+    Returns the Ritz values (L, w) float64, descending, NaN where they are not finite; the rotation (L, w, w) float32
+    such that the columns of X·rotation are the Ritz vectors; and where ``whiten`` had to shift, (L,) bool.
+    """
+    turn, shifted = whiten(gram)
+    small = turn.mT @ core @ turn
+    finite = small.isfinite().all(dim=2).all(dim=1)
+    values, vectors = eigh(_symmetric(torch.where(finite.view(-1, 1, 1), small, torch.zeros_like(small))))
+    values = torch.where(finite.unsqueeze(1), values, torch.full_like(values, math.nan))
+    return values, (turn @ vectors).float(), shifted
+
+
+def scale_grams(G: Tensor, M: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """PᵀP and QQᵀ (L, W, W) float32 become G with unit diagonal, and M = diag(c)·Q̂Q̂ᵀ·diag(c) as in core.py, in place.
+
+    Returns the column norms (L, W) float32 taken out of P, 1 for columns of zeros and those behind a layer's own;
+    where norms leave the range that float32 Grams can hold, (L,) bool; and ⟨M, G⟩ = ‖ΔW‖_F² (L,) float64.
+    """
+    norms = [X.diagonal(dim1=1, dim2=2).double().sqrt() for X in (G, M)]
+    c = d * norms[0] * norms[1]
+    low, high = RANGE
+    bad = [~((x == 0) | ((x > low) & (x < high))).all(dim=1) for x in (*norms, c.abs())]
+    p, q = (torch.where(x > 0, x, torch.ones_like(x)).float() for x in norms)
+    G.div_(p.unsqueeze(2)).div_(p.unsqueeze(1))
+    row = (c / q).float()
+    M.mul_(row.unsqueeze(2)).mul_(row.unsqueeze(1))
+    return p, torch.stack(bad).any(dim=0), _inner(G, M)
+
+
+def _inner(G: Tensor, M: Tensor, layers: int = 16) -> Tensor:
+    """⟨G, M⟩ of each layer (L,), summed in float64; some layers at a time, for the memory of the products."""
+    pairs = zip(G.split(layers), M.split(layers), strict=True)
+    return torch.cat([torch.sum(g * m, dim=(1, 2), dtype=torch.float64) for g, m in pairs])
+
+
+def _unit(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The symmetric part of Gram matrices with unit diagonal, the scaling of columns that made it so (L, w), and where
+    they are finite (L,): the identity stands for those that are not.
+    """
+    squares = gram.diagonal(dim1=1, dim2=2)
+    # Of columns that vanish, float32 products can leave a square that is not even positive: they stay out.
+    norms = torch.where(squares > 1e-60, squares.clamp_min(1e-60).rsqrt(), torch.zeros_like(squares))
+    unit = _symmetric(gram) * norms.unsqueeze(1) * norms.unsqueeze(2)
+    finite = unit.isfinite().all(dim=2).all(dim=1)
+    return torch.where(finite.view(-1, 1, 1), unit, _eye(unit)), norms, finite
+
+
+def _inverse(L: Tensor, info: Tensor, norms: Tensor) -> Tensor:
+    """diag(norms)·L⁻ᵀ of Cholesky factors, as ``cholesky_ex`` gives them; with L = I where there is none."""
+    L = torch.where((info != 0).view(-1, 1, 1), _eye(L), L)
+    inverse = torch.linalg.solve_triangular(L, _eye(L).expand_as(L), upper=False)
+    return inverse.mT * norms.unsqueeze(2)
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
+
+
+def _symmetric(C: Tensor) -> Tensor:
+    return (C + C.mT) / 2
