@@ -30,9 +30,8 @@ Argument argument_of(const py::handle& object, int device) {
     if (THPVariable_Check(pointer)) {
         const at::Tensor& tensor = THPVariable_Unpack(pointer);
         const std::string type = dtype_name(object);
-        if (tensor.is_cuda() != (device >= 0) || tensor.get_device() != device) {
-            return Other{"a tensor of " + type + " on " + tensor.device().str()};
-        }
+        const bool here = device < 0 ? tensor.is_cpu() : tensor.is_cuda() && tensor.get_device() == device;
+        if (!here) return Other{"a tensor of " + type + " on " + tensor.device().str()};
         return Address{reinterpret_cast<std::uintptr_t>(tensor.data_ptr()), type};
     }
     if (object.is_none()) return Address{0, ""};

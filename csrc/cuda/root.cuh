@@ -13,8 +13,8 @@
 //   flexlora_root(gram, T, rank, again, only, workspace, l)    gram (L, l, l) -> T (L, l, l) float64; rank (L,) int32:
 //       columns kept, −1 and T = 0 where the Gram matrix is not finite; again (L,) bool, or null. only: null, or (L,)
 //       bool of the layers to compute; nothing is written for others.
-// Shared bytes: 8·(l(l+1)/2 + 12·l + 24) with workspace = null, up to l = 228 in 227 KB and l = 192 in 163 KB.
-// Otherwise 8·(12·l + 24), and the packed matrix goes through L2: workspace has L·l(l+1)/2 doubles.
+// Shared bytes: 8·(l(l+1)/2 + 12·l + 32) with workspace = null, up to l = 228 in 227 KB and l = 192 in 163 KB.
+// Otherwise 8·(12·l + 32), and the packed matrix goes through L2: workspace has L·l(l+1)/2 doubles.
 
 #pragma once
 

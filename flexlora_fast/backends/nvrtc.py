@@ -165,7 +165,7 @@ def _described(argument: Any, device: int) -> str:
 
 def _lies_on(tensor: torch.Tensor, device: int) -> bool:
     """Whether it is on the GPU of that index; −1: on the CPU."""
-    return tensor.is_cuda == (device >= 0) and tensor.get_device() == device
+    return tensor.is_cuda and tensor.get_device() == device if device >= 0 else tensor.is_cpu
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
