@@ -43,6 +43,9 @@ void bind(py::module_ module) {
         arg("G"), arg("M"), arg("d"));
     add(module, "chebyshev", "a·product + b·now + c·before for (L, W, w) float32, coefficients (L, w).", &chebyshev,
         arg("product"), arg("now"), arg("before"), arg("a"), arg("b"), arg("c"));
+    add(module, "jacobi_eigh", "C (L, l, l) float64 -> values ascending, vectors in rows, converged (L,) bool.",
+        &jacobi_eigh, arg("C"));
+    add(module, "jacobi_svd", "A (L, l, l) float64 -> U, S descending, V, converged (L,) bool.", &jacobi_svd, arg("A"));
 }
 
 }  // namespace flexlora::host
