@@ -71,6 +71,16 @@ class Emulated:
         assert (slices, w, v) == parts.shape[1:]
         out.copy_(parts.sum(dim=1))
 
+    def jacobi_eigh(self, C: Tensor, values: Tensor, rows: Tensor, converged: Tensor, workspace: Any, l: int) -> None:  # noqa: E741
+        results = E.jacobi_eigh(C, workspace=workspace is not None)
+        for to, what in zip((values, rows, converged), results, strict=True):
+            to.copy_(what)
+
+    def jacobi_svd(self, A: Tensor, U: Tensor, S: Tensor, V: Tensor, converged: Tensor, workspace: Any, l: int) -> None:  # noqa: E741
+        results = E.jacobi_svd(A, workspace=workspace is not None)
+        for to, what in zip((U, S, V, converged), results, strict=True):
+            to.copy_(what)
+
     def root(self, gram: Tensor, T: Tensor, rank: Tensor, again: Tensor, only: Any, workspace: Any, l: int) -> None:  # noqa: E741
         results = E.root(gram, only, workspace=workspace is not None)
         for to, what in zip((T, rank, again), results, strict=True):
@@ -167,6 +177,24 @@ def test_small_problems_are_the_twins(emulated: Emulated, size: int, generator: 
         assert emulated.geometry[name] == ((2,), (256,), in_shared)
     squares = -(-size // 32) * -(-k // 32)
     assert emulated.geometry["flexlora_rotate"] == ((squares, 2), (256,), E.shared_bytes(size, True)["flexlora_rotate"])
+
+
+@pytest.mark.parametrize("size", [1, 5, 44, 130, 180])
+def test_rotations_are_the_twins(emulated: Emulated, size: int, generator: torch.Generator) -> None:
+    C, A = grams(2, size, generator), torch.randn(2, size, size, dtype=torch.float64, generator=generator)
+    values, vectors, converged = cuda.jacobi_eigh(C)
+    assert converged.all() and torch.allclose(values, torch.linalg.eigvalsh(C), rtol=1e-9, atol=1e-9)
+    assert torch.allclose((vectors * values.unsqueeze(1)) @ vectors.mT, C, rtol=1e-9, atol=1e-9)
+    U, S, V, converged = cuda.jacobi_svd(A)
+    assert converged.all() and torch.allclose(S, torch.linalg.svdvals(A), rtol=1e-9, atol=1e-9)
+    assert torch.allclose((U * S.unsqueeze(1)) @ V.mT, A, rtol=1e-9, atol=1e-9)
+    for name in ("flexlora_jacobi_eigh", "flexlora_jacobi_svd"):
+        in_shared = E.shared_bytes(size, True)[name]
+        shared = in_shared if in_shared <= H100 else E.shared_bytes(size, False)[name]
+        (layers,), (threads,), found = emulated.geometry[name]
+        assert (layers, found) == (2, shared)
+        wanted = 8 * -(-size // 2)
+        assert threads % 32 == 0 and (threads == 512 <= wanted or 0 <= threads - wanted < 32)
 
 
 @pytest.mark.parametrize("size", [1, 5, 44, 250])
@@ -285,6 +313,9 @@ def test_small_problems_on_a_gpu_either_way(way: str, size: int, generator: torc
     good = [0, 1, 2, 4]
     assert torch.allclose(T[good], expected[good], rtol=1e-8, atol=1e-10) and torch.equal(shifted, where)
     assert torch.allclose(cuda.condition(there[0]).cpu()[good], small.condition(G)[good].float(), rtol=1e-4, atol=1e-6)
+    for found, matrix in zip(cuda.jacobi_eigh(there[1])[:1] + cuda.jacobi_svd(there[1])[1:2], (C, C), strict=True):
+        expected = torch.linalg.eigvalsh(matrix)
+        assert torch.allclose(found.cpu().sort().values, expected, rtol=1e-9, atol=1e-9)
     values = cuda.ritz(*there)[0].cpu()
     assert torch.allclose(values[good], small.ritz(G, C)[0][good].clamp_min(0), rtol=1e-8)
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "cuda/apply_right.cuh"
+#include "cuda/jacobi.cuh"
 #include "cuda/kernel.h"
 #include "cuda/ritz.cuh"
 #include "cuda/root.cuh"
@@ -73,6 +74,8 @@ void bind_checks(py::module_& module) {
                 {"flexlora_condition", whiten_shared(l, in_shared)},
                 {"flexlora_energy", total_shared()},
                 {"flexlora_gram64", gram64_shared()},
+                {"flexlora_jacobi_eigh", jacobi_shared(l, in_shared ? 1 : 0)},
+                {"flexlora_jacobi_svd", jacobi_shared(l, in_shared ? 2 : 0)},
                 {"flexlora_ritz", ritz_shared(l, in_shared)},
                 {"flexlora_root", root_shared(l, in_shared)},
                 {"flexlora_rotate", rotate_shared(l)},
