@@ -92,10 +92,12 @@ def test_none_is_said_once_by_name_with_the_remedy(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_a_gpu_there_is_no_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, Way("no driver"), Way("no driver"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert launcher.obstacle() == "torch sees no CUDA GPU" and launcher.path() is None
-    with pytest.raises(BackendError, match="torch sees no CUDA GPU"):
-        launcher.launch("k", (1,), (1,), (), device=GPU)
+    for device in (GPU, torch.device("cuda")):
+        with pytest.raises(BackendError, match="torch sees no CUDA GPU"):
+            launcher.launch("k", (1,), (1,), (), device=device)
     with pytest.raises(ValueError, match="'k' runs on a CUDA GPU only, not on cpu"):
         launcher.launch("k", (1,), (1,), (), device=torch.device("cpu"))
 

@@ -160,10 +160,11 @@ class Kernel:
         self.cupy.calls.append((name, value))
 
     @property
-    def kernel(self) -> str:
+    def num_regs(self) -> int:
         if self.cupy.error:
             raise self.cupy.error
-        return "compiled"
+        self.cupy.calls.append(("loaded", self.name))
+        return 32
 
     def __call__(self, grid: Any, block: Any, arguments: Any, shared_mem: int) -> None:
         if self.cupy.error:
@@ -202,8 +203,9 @@ def test_what_cuda_refuses_is_quoted_with_the_geometry(monkeypatch: pytest.Monke
 
 
 def test_obstacles_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    install(monkeypatch, Cupy())
+    cupy = install(monkeypatch, Cupy())
     assert nvrtc.obstacle(0) is None
+    assert all(("loaded", name) in cupy.calls for name in nvrtc.kernels())
     nvrtc.obstacle.cache_clear()
     nvrtc._module.cache_clear(), nvrtc._compiled.cache_clear()
     install(monkeypatch, Cupy(ValueError("signs.cuh(3): error")))

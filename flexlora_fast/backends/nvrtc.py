@@ -58,7 +58,7 @@ def _parameter(declared: str) -> str:
 def obstacle(device: int) -> str | None:
     """Why kernels cannot be compiled for and launched on the GPU of that index; None if they can.
 
-    Compiles them, unless they were before.
+    Compiles them, unless they were before, and loads them: while a CUDA graph is captured it would be too late.
     """
     if not (folder() / "kernels.cuh").exists():
         return f"the CUDA sources are not in {folder()}: reinstall flexlora_fast"
@@ -70,7 +70,7 @@ def obstacle(device: int) -> str | None:
     try:
         with cupy.cuda.Device(device):
             for name in kernels():
-                _ = _compiled(name).kernel
+                _ = _compiled(name).num_regs
     except Exception as error:
         return f"CuPy cannot compile them ({type(error).__name__}: {error})"
     return None
