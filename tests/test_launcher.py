@@ -81,7 +81,7 @@ def test_then_those_compiled_now(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_none_is_said_once_by_name_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "FLEXLORA_CUDA=0 was set while building", Way("CuPy cannot be imported"))
     reason = "compiled: the native extension was built without them: FLEXLORA_CUDA=0 .*; NVRTC through CuPy: CuPy can"
-    with pytest.warns(RuntimeWarning, match=rf"solved by torch.*\({reason}.*pip install cupy-cuda13x"):
+    with pytest.warns(RuntimeWarning, match=rf"many operations of torch.*\({reason}.*pip install cupy-cuda13x"):
         assert not launcher.usable(GPU)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -78,6 +78,7 @@ WRONG: list[tuple[tuple[Any, ...], str]] = [
     ((X, 1, 1, OUT, 1), "takes 4 arguments .*, got 5"),
     ((OUT, 1, 1, OUT), r"argument 1 of 4: expected int64\*, got a tensor of float32$"),
     ((X.int(), 1, 1, OUT), r"argument 1 of 4: expected int64\*, got a tensor of int32$"),
+    ((X.half(), 1, 1, OUT), r"argument 1 of 4: expected int64\*, got a tensor of float16$"),
     ((X, X, 1, OUT), r"argument 2 of 4: expected int32, got a tensor of int64$"),
     ((X, 1.5, 1, OUT), r"argument 2 of 4: expected int32, got the float 1\.5$"),
     ((X, 1, True, OUT), "argument 3 of 4: expected int32, got a bool$"),

@@ -106,8 +106,8 @@ def usable(device: torch.device) -> bool:
 @functools.cache
 def _warn(reason: str | None) -> None:
     warnings.warn(
-        f"the small dense problems of rounds on this GPU are solved by torch, which takes several times longer than "
-        f"CUDA kernels would ({reason}); {REMEDY}",
+        f"the small dense problems of rounds on this GPU are solved by many operations of torch's, since there is no "
+        f"way to their CUDA kernels ({reason}); {REMEDY}",
         RuntimeWarning,
         stacklevel=3,
     )
