@@ -182,6 +182,27 @@ def test_a_layer_is_nobody_elses_business(generator):
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
 
 
+@each_size
+def test_shared_memory_is_what_the_kernels_say(width):
+    """The formulas at the top of their files, which launches repeat; the code asks for what these functions give."""
+    packed, odd = width * (width + 1) // 2, width | 1
+    most = {
+        "flexlora_whiten": (10 * width + 8, packed),
+        "flexlora_condition": (10 * width + 8, packed),
+        "flexlora_ritz": (26 * width + 8, 2 * packed),
+        "flexlora_rotate": (64 * odd, 0),
+        "flexlora_root": (12 * width + 16, packed),
+        "flexlora_gram64": (5632, 0),
+        "flexlora_apply_right": (32 * ((width + 3) // 8 * 8 + 4) + 2688, 0),
+        "flexlora_scale": (288, 0),
+        "flexlora_energy": (288, 0),
+        "flexlora_jacobi_eigh": (3 * width, width * odd),
+        "flexlora_jacobi_svd": (3 * width, 2 * width * odd),
+    }
+    assert E.shared_bytes(width, workspace=True) == {name: 8 * fixed for name, (fixed, _) in most.items()}
+    assert E.shared_bytes(width, workspace=False) == {name: 8 * sum(parts) for name, parts in most.items()}
+
+
 def test_no_layers():
     nothing = torch.empty(0, 5, 5, dtype=torch.float64)
     assert [x.shape for x in E.whiten(nothing)] == [(0, 5, 5), (0, 5, 5), (0,)]

@@ -83,7 +83,6 @@ FLEXLORA_DEVICE void factor_shifted(Block& block, const double* gram, const Whit
         if (i > j) e.A[slot(i, j)] = 0.0;
     });
     for_each(block, e.l, [&](int i) { e.pivots[i] = 1.0; });
-    block.sync();
 }
 
 // The factor of the unit diagonal form of `gram`, and whether it had to be shifted.
