@@ -172,11 +172,15 @@ def test_small_problems_are_the_twins(emulated: Emulated, size: int, generator: 
     assert torch.allclose(S, values[:, :k].sqrt()) and torch.equal(leading, rotation[:, :, :k])
     assert scaled is not None and torch.allclose(scaled * S.unsqueeze(1).float(), leading, atol=1e-5)
     for name, fits in {"flexlora_whiten": True, "flexlora_condition": True, "flexlora_ritz": False}.items():
-        in_shared = E.shared_bytes(size, fits or size < 158)[name]
-        in_shared = in_shared if in_shared <= H100 else E.shared_bytes(size, False)[name]
+        in_shared = E.shared_bytes(size, workspace=not fits and size >= 158)[name]
+        in_shared = in_shared if in_shared <= H100 else E.shared_bytes(size, workspace=True)[name]
         assert emulated.geometry[name] == ((2,), (256,), in_shared)
     squares = -(-size // 32) * -(-k // 32)
-    assert emulated.geometry["flexlora_rotate"] == ((squares, 2), (256,), E.shared_bytes(size, True)["flexlora_rotate"])
+    assert emulated.geometry["flexlora_rotate"] == (
+        (squares, 2),
+        (256,),
+        E.shared_bytes(size, workspace=False)["flexlora_rotate"],
+    )
 
 
 @pytest.mark.parametrize("size", [1, 5, 44, 130, 180])
@@ -189,8 +193,8 @@ def test_rotations_are_the_twins(emulated: Emulated, size: int, generator: torch
     assert converged.all() and torch.allclose(S, torch.linalg.svdvals(A), rtol=1e-9, atol=1e-9)
     assert torch.allclose((U * S.unsqueeze(1)) @ V.mT, A, rtol=1e-9, atol=1e-9)
     for name in ("flexlora_jacobi_eigh", "flexlora_jacobi_svd"):
-        in_shared = E.shared_bytes(size, True)[name]
-        shared = in_shared if in_shared <= H100 else E.shared_bytes(size, False)[name]
+        in_shared = E.shared_bytes(size, workspace=False)[name]
+        shared = in_shared if in_shared <= H100 else E.shared_bytes(size, workspace=True)[name]
         (layers,), (threads,), found = emulated.geometry[name]
         assert (layers, found) == (2, shared)
         wanted = 8 * -(-size // 2)
@@ -207,11 +211,11 @@ def test_cholesky_qr_is_the_twins(emulated: Emulated, size: int, generator: torc
     assert (gram[0] - torch.eye(size)).abs().max() < 1e-5 and not Q[1, :, size // 2].any()
     twin = reference.orthonormalize(Y[:1])
     assert (Q[:1] - twin @ (twin.mT @ Q[:1])).abs().max() < 1e-4 and torch.equal(Y, before)
-    in_shared = E.shared_bytes(size, True)["flexlora_root"]
-    root = in_shared if in_shared <= H100 else E.shared_bytes(size, False)["flexlora_root"]
+    in_shared = E.shared_bytes(size, workspace=False)["flexlora_root"]
+    root = in_shared if in_shared <= H100 else E.shared_bytes(size, workspace=True)["flexlora_root"]
     assert emulated.geometry["flexlora_root"] == ((2,), (256,), root)
     panels = -(-(size + 60) // 64)
-    apply = E.shared_bytes(size, True)["flexlora_apply_right"]
+    apply = E.shared_bytes(size, workspace=False)["flexlora_apply_right"]
     assert emulated.geometry["flexlora_apply_right"] == ((panels, 2), (128,), apply)
 
 
@@ -225,7 +229,7 @@ def test_scaled_grams_are_the_twins(emulated: Emulated, layers: int, size: int, 
         assert x.dtype == y.dtype and torch.allclose(x.double(), y.double(), rtol=1e-6)
     assert torch.allclose(found[2], expected[2], rtol=1e-6)
     if layers * size:
-        shared = E.shared_bytes(size, True)
+        shared = E.shared_bytes(size, workspace=False)
         assert emulated.geometry["flexlora_scale"] == ((-(-size // 8), layers), (256,), shared["flexlora_scale"])
         assert emulated.geometry["flexlora_energy"] == ((layers,), (256,), shared["flexlora_energy"])
 

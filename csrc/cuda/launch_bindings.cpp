@@ -4,12 +4,7 @@
 
 #include <optional>
 
-#include "cuda/apply_right.cuh"
-#include "cuda/jacobi.cuh"
 #include "cuda/kernel.h"
-#include "cuda/ritz.cuh"
-#include "cuda/root.cuh"
-#include "cuda/scale_grams.cuh"
 #ifdef FLEXLORA_WITH_CUDA
 #include "cuda/launch.h"
 #endif
@@ -63,7 +58,7 @@ std::vector<Argument> arguments_of(const py::sequence& objects, int device) {
 
 }  // namespace
 
-void bind_checks(py::module_& module) {
+void bind_slots(py::module_& module) {
     module.def(
         "slots",
         [](const std::string& name, const std::vector<std::string>& parameters, const py::sequence& arguments) {
@@ -75,25 +70,6 @@ void bind_checks(py::module_& module) {
         },
         py::arg("name"), py::arg("parameters"), py::arg("arguments"),
         "The eight bytes that each argument of a launch becomes, for tensors on the CPU.");
-    module.def(
-        "shared_bytes",
-        [](int l, bool in_shared) {
-            return std::map<std::string, long long>{
-                {"flexlora_apply_right", apply_shared(l)},
-                {"flexlora_condition", whiten_shared(l, in_shared)},
-                {"flexlora_energy", total_shared()},
-                {"flexlora_gram64", gram64_shared()},
-                {"flexlora_jacobi_eigh", jacobi_shared(l, in_shared ? 1 : 0)},
-                {"flexlora_jacobi_svd", jacobi_shared(l, in_shared ? 2 : 0)},
-                {"flexlora_ritz", ritz_shared(l, in_shared)},
-                {"flexlora_root", root_shared(l, in_shared)},
-                {"flexlora_rotate", rotate_shared(l)},
-                {"flexlora_scale", total_shared()},
-                {"flexlora_whiten", whiten_shared(l, in_shared)},
-            };
-        },
-        py::arg("l"), py::arg("in_shared"),
-        "The dynamic shared memory that each kernel counts on for l columns, with or without its packed matrix there.");
 }
 
 #ifdef FLEXLORA_WITH_CUDA

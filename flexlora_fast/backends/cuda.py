@@ -199,7 +199,7 @@ def root(gram: Tensor, only: Tensor | None = None) -> tuple[Tensor, Tensor, Tens
     rank = _unwritten(gram, torch.int32, whole=only is None)
     again = _unwritten(gram, torch.bool, whole=only is None)
     if T.numel():
-        workspace, shared = _memory(gram, 12 * l + 32, _packed(l))
+        workspace, shared = _memory(gram, 12 * l + 16, _packed(l))
         arguments = (gram, T, rank, again, only, workspace, l)
         launch("flexlora_root", (L,), (256,), arguments, shared_bytes=shared, device=gram.device)
     return T, rank, again
