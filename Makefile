@@ -36,7 +36,7 @@ $(VENV)/.dependencies: constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -c constraints.txt $(TORCH_FLAGS) torch
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies pyproject.toml setup.py $(NATIVE_SOURCES)
+$(VENV)/.built: $(VENV)/.dependencies pyproject.toml setup.py build_cuda.py $(NATIVE_SOURCES)
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@$(BIN)/python -c 'from flexlora_fast import _native; print("native extension:", _native.reason or "built")'
 	@touch $@

@@ -25,10 +25,12 @@ VENV = ROOT / ".venv-gpu"
 CHECK = """
 import json, flexlora_fast
 from flexlora_fast import _native, kernels
+from flexlora_fast.backends import launcher
 import torch
 print(json.dumps({
     "package": flexlora_fast.__file__, "extension": _native.reason or "built",
     "kernels": kernels.obstacle() or "usable",
+    "cuda kernels": launcher.path() or launcher.obstacle(),
     "torch": torch.__version__, "gpu": torch.cuda.is_available(),
 }))
 """
