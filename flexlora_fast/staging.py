@@ -21,7 +21,7 @@ from torch import Tensor
 from flexlora_fast import _native, memory, streams
 from flexlora_fast.errors import OptionError
 from flexlora_fast.gather import Ranges, ReadError, gather
-from flexlora_fast.streams import Event, Native
+from flexlora_fast.streams import Device, Event, Native
 
 ALIGNMENT = 128  # bytes: what kernels read at a time, and more than any element's size
 SLOTS = 8  # some being filled, some being copied
@@ -72,7 +72,7 @@ class Staging:
     """The way to a device, for use in a ``with`` block; what was brought must not be read after it.
 
     Args:
-        device: "cuda", …, or "cpu", where everything is done at once.
+        device: "cuda", …, or "cpu", where everything is done at once; or what stands in for one.
         host_bytes: of the slots in all. They have a power of two of bytes each: as torch takes pinned memory.
         device_bytes: of everything brought and not yet released and read.
         threads: that read (default: as many as there are cores for this process, 16 at most).
@@ -81,7 +81,7 @@ class Staging:
     """
 
     def __init__(
-        self, device: torch.device | str, *, host_bytes: int, device_bytes: int, threads: int | None = None
+        self, device: torch.device | str | Device, *, host_bytes: int, device_bytes: int, threads: int | None = None
     ) -> None:
         if host_bytes < SLOTS * ALIGNMENT or device_bytes < ALIGNMENT:
             raise OptionError(

@@ -74,8 +74,10 @@ class Device(Protocol):
         ...
 
 
-def device_of(device: torch.device | str) -> Device:
-    """The ``Device`` of a torch device."""
+def device_of(device: torch.device | str | Device) -> Device:
+    """The ``Device`` of a torch device; one that is one already is left as it is."""
+    if not isinstance(device, torch.device | str):
+        return device
     device = torch.device(device)
     return Cuda(device) if device.type == "cuda" else Host(device)
 

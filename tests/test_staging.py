@@ -10,16 +10,14 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from flexlora_fast import _native, streams
+from flexlora_fast import _native
 from flexlora_fast.errors import OptionError
 from flexlora_fast.gather import MEMORY, Ranges, ReadError
 from flexlora_fast.staging import ALIGNMENT, SLOTS, Arrival, Staging
@@ -71,14 +69,6 @@ def source(tmp_path: Path) -> Iterator[Source]:
     made.close()
 
 
-@contextmanager
-def simulated(monkeypatch: pytest.MonkeyPatch, native: bool, seed: int = 0, **options: Any) -> Iterator[Simulated]:
-    """Staging's device from here on."""
-    with Simulated(seed, through_native=native, **options) as device:
-        monkeypatch.setattr(streams, "device_of", lambda _: device)
-        yield device
-
-
 def same(arrival: Arrival, buffer: Tensor, contents: Contents) -> bool:
     raw = buffer.numpy().tobytes()
     return all(
@@ -122,9 +112,7 @@ def test_what_arrives_is_what_was_asked_for(source: Source, slot: int, threads: 
 
 @pytest.mark.parametrize("native", DRIVERS)
 @pytest.mark.parametrize("seed", range(6))
-def test_nothing_is_overwritten_before_it_was_read(
-    seed: int, native: bool, source: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_overwritten_before_it_was_read(seed: int, native: bool, source: Source) -> None:
     """Copies, reads and events in a random order; arrivals of all sizes, released in a random order."""
     draw, order = random.Random(seed), random.Random(seed + 100)
     jobs = [source.draw(draw.choice([300, 3000, 6000])) for _ in range(40)]
@@ -132,8 +120,8 @@ def test_nothing_is_overwritten_before_it_was_read(
     there = threading.Semaphore(0)
     right: list[bool] = []
     with (
-        simulated(monkeypatch, native, seed) as device,
-        Staging("cuda", host_bytes=SLOTS * 256, device_bytes=18_000, threads=2) as staging,
+        Simulated(seed, through_native=native) as device,
+        Staging(device, host_bytes=SLOTS * 256, device_bytes=18_000, threads=2) as staging,
     ):
 
         def read() -> None:
@@ -160,12 +148,12 @@ def test_nothing_is_overwritten_before_it_was_read(
 
 
 @pytest.mark.parametrize("native", DRIVERS)
-def test_many_threads_may_bring(native: bool, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_threads_may_bring(native: bool, source: Source) -> None:
     jobs = [source.draw(2000) for _ in range(60)]
     right: list[bool] = []
     with (
-        simulated(monkeypatch, native) as device,
-        Staging("cuda", host_bytes=SLOTS * 256, device_bytes=8000, threads=2) as staging,
+        Simulated(through_native=native) as device,
+        Staging(device, host_bytes=SLOTS * 256, device_bytes=8000, threads=2) as staging,
     ):
 
         def read(part: list[tuple[Ranges, Contents]]) -> None:
@@ -186,13 +174,13 @@ def test_many_threads_may_bring(native: bool, source: Source, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("native", DRIVERS)
-def test_bring_waits_until_there_is_room(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bring_waits_until_there_is_room(native: bool) -> None:
     """Until the oldest is released, and until the device has got to that."""
     memory = np.zeros(1024, np.uint8)
     whole = Ranges(np.array([MEMORY]), np.array([memory.ctypes.data]), np.array([1024]))
     with (
-        simulated(monkeypatch, native) as device,
-        Staging("cuda", host_bytes=SLOTS * 256, device_bytes=1024) as staging,
+        Simulated(through_native=native) as device,
+        Staging(device, host_bytes=SLOTS * 256, device_bytes=1024) as staging,
     ):
         first = staging.bring(whole)
         came: list[Arrival] = []
@@ -240,12 +228,10 @@ def test_a_third_always_fits_beside_one_other(source: Source) -> None:
 
 
 @pytest.mark.parametrize("native", DRIVERS)
-def test_what_cannot_be_read_is_named_and_the_next_is_right(
-    native: bool, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_read_is_named_and_the_next_is_right(native: bool, source: Source, tmp_path: Path) -> None:
     with (
-        simulated(monkeypatch, native) as device,
-        Staging("cuda", host_bytes=SLOTS * 256, device_bytes=20_000, threads=2) as staging,
+        Simulated(through_native=native) as device,
+        Staging(device, host_bytes=SLOTS * 256, device_bytes=20_000, threads=2) as staging,
     ):
         right: list[bool] = []
         for turn in range(12):
@@ -266,11 +252,11 @@ def test_what_cannot_be_read_is_named_and_the_next_is_right(
 
 
 @needs_extension
-def test_a_device_that_refuses_is_an_error(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_refuses_is_an_error(source: Source) -> None:
     ranges, contents = source.draw(4000, count=8)
     with (
-        simulated(monkeypatch, True) as device,
-        Staging("cuda", host_bytes=SLOTS * 256, device_bytes=8000) as staging,
+        Simulated(through_native=True) as device,
+        Staging(device, host_bytes=SLOTS * 256, device_bytes=8000) as staging,
     ):
         device.refuse = 700
         with pytest.raises(RuntimeError, match="CUDA's error 700"):
@@ -285,11 +271,11 @@ def test_a_device_that_refuses_is_an_error(source: Source, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("native", DRIVERS)
-def test_leaving_ends_the_wait_of_others(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaving_ends_the_wait_of_others(native: bool) -> None:
     memory = np.zeros(1024, np.uint8)
     ranges = Ranges(np.array([MEMORY]), np.array([memory.ctypes.data]), np.array([1024]))
-    with simulated(monkeypatch, native):
-        with Staging("cuda", host_bytes=SLOTS * 256, device_bytes=1024) as staging:
+    with Simulated(through_native=native) as device:
+        with Staging(device, host_bytes=SLOTS * 256, device_bytes=1024) as staging:
             staging.bring(ranges)
             threads = [in_thread(lambda: staging.bring(ranges)) for _ in range(3)]
         for thread, errors in threads:

@@ -17,6 +17,8 @@ constexpr int64_t kMemory = -1;  // the descriptor of what lies in memory
 // together.
 constexpr int64_t kLeast = 128 << 10, kMost = 2 << 20;
 
+constexpr int64_t kWindows = 4;  // that `stage` fills at a time, of eight slots
+
 void check(const Ranges& ranges, int64_t size) {
     for (int64_t i = 0; i < ranges.count; ++i) {
         const int64_t descriptor = ranges.descriptor[i], start = ranges.start[i], nbytes = ranges.nbytes[i];
@@ -61,7 +63,8 @@ Reading plan_reading(const Ranges& ranges, int64_t size, int64_t window, int64_t
     const std::vector<Piece> runs = joined(ranges);
     int64_t total = 0;
     for (const Piece& run : runs) total += run.nbytes;
-    const int64_t most = std::clamp(total / (8 * threads), kLeast, kMost);
+    // Of what may be read at the same time, a few shares for every thread.
+    const int64_t most = std::clamp(std::min(total, kWindows * window) / (8 * threads), kLeast, kMost);
 
     Reading reading;
     int64_t held = 0;
