@@ -73,6 +73,41 @@ def test_memcheck_is_read() -> None:
     assert sanitize.unavailable(MEMCHECK) is None
 
 
+RACECHECK = """\
+========= COMPUTE-SANITIZER
+case 1: ritz of the extension (3, 65, 17)
+========= Error: Race reported between Write access at ritz_kernel+0x2b80 in ritz.cuh:153
+=========     and Read access at ritz_kernel+0x2bd0 in ritz.cuh:155 [48 hazards]
+=========
+========= Warning: Race reported between Read access at gram_kernel+0x140 in gram.py:30
+========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)
+"""
+
+
+def test_racecheck_is_read() -> None:
+    found = sanitize.parse(RACECHECK)
+    assert (found["errors"], found["cases"]) == (1, 1)
+    assert found["first"][0].startswith("Error: Race reported between Write access at ritz_kernel")
+    clean = "case 1: x\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+    assert sanitize.parse(clean) == {"errors": 0, "first": [], "cases": 1}
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "cases", "words"),
+    [
+        (RACECHECK.replace("1 error,", "0 errors,"), 0, 1, None),
+        (RACECHECK, sanitize.FOUND, 1, "racecheck: 1 errors, exit code 99"),
+        (RACECHECK.replace("1 error,", "0 errors,"), 1, 1, "racecheck: 0 errors, exit code 1"),
+        (RACECHECK.replace("1 error,", "0 errors,"), 0, 2, "racecheck: saw 1 of 2 cases"),
+        ("case 1: x\n", 0, 1, "racecheck: None errors"),  # the tool said nothing: nothing is known
+        ("case 1: x\n", None, 3, "racecheck: over its time after 1 of 3 cases"),
+    ],
+)
+def test_what_a_tool_says_against_the_kernels(output: str, code: int | None, cases: int, words: str | None) -> None:
+    found = sanitize.wrong("racecheck", tools.Ran(code, output), cases)
+    assert found is words is None or (found is not None and words is not None and found.startswith(words))
+
+
 def test_a_tool_is_ended_at_its_time() -> None:
     assert tools.find("no-such-tool") is None
     ran = tools.run([sys.executable, "-c", "print('here', flush=True); import time; time.sleep(60)"], 3)

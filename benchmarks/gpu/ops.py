@@ -5,17 +5,20 @@ Where an op, the round or the small problems move, this file moves with them, an
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import flexlora_fast as ff
+from benchmarks.gpu.stage import NEEDS_GPU
 from benchmarks.peers import Answer
 from benchmarks.workloads import Clients
 from flexlora_fast.stack import Block, Stack
@@ -42,7 +45,14 @@ SMALL = (
 # The names of the kernels, for profilers.
 KERNELS = ("contract_kernel", "combine_kernel", "gram_kernel", "materialize_kernel", "pack_kernel", "sum_parts_kernel")
 
+# The backend over the CUDA extension, whose functions are looked up by name: it may not be there.
+CUDA = "flexlora_fast.backends.cuda"
+# The eigensolver that takes one matrix after the other.
+TORCH_EIGH = "torch.linalg.eigh"
+
 Op = Callable[[], object]
+# A function, or why there is none here.
+Found = Callable[..., Any] | str
 
 
 def products(op: str, precision: str) -> tuple[int, str]:
@@ -129,6 +139,21 @@ def prepared_round(
     return aggregator.finish
 
 
+def streamed_round(
+    sources: Sequence[ff.Adapter | Path],
+    weights: Sequence[float],
+    k: int,
+    device: str,
+    limit: int,
+    read: Literal["add", "finish"],
+) -> Callable[[], ff.GlobalUpdate]:
+    """The same for adapters in host memory or folders, whose factors pass through so many bytes of the device."""
+    aggregator = ff.Aggregator(rank=k, device=device, memory_limit=limit, read=read, progress=False)
+    for i, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+        aggregator.add(source, weight, client=f"client-{i:05d}")
+    return aggregator.finish
+
+
 def prepared_layer(
     clients: Clients, k: int, certificate: Literal["exact", "estimate"] = "exact"
 ) -> Callable[[], Answer]:
@@ -176,6 +201,70 @@ def client_factors(
         )
         for state, config, weight in zip(states, configs, weights, strict=True)
     ]
+
+
+def eigensolvers(device: str) -> dict[str, Found]:
+    """By name: (l, l) symmetric float64 matrices (b, l, l) to eigenvalues (b, l) in either order and eigenvectors."""
+    from flexlora_fast.backends import cusolver
+
+    cuda = device.startswith("cuda")
+    return {
+        "cuda.jacobi_eigh": of_extension("jacobi_eigh", device),
+        "cuSOLVER XsyevBatched": (cusolver.obstacle() or cusolver.eigh) if cuda else NEEDS_GPU,
+        "cupy.linalg.eigh": _of_cupy() if cuda else NEEDS_GPU,
+        TORCH_EIGH: torch.linalg.eigh,
+    }
+
+
+def orthonormalizers(device: str) -> dict[str, Found]:
+    """By name: panels (b, m, l) float32 to orthonormal bases of their columns, of the same shape."""
+    from flexlora_fast.backends import reference
+
+    return {
+        "cuda.orthonormalize": of_extension("orthonormalize", device),
+        "reference.orthonormalize": reference.orthonormalize,
+        "torch.linalg.qr": lambda Y: torch.linalg.qr(Y)[0],
+    }
+
+
+def extension_obstacle(device: str) -> str | None:
+    """Why the CUDA extension cannot be called here; None if it can."""
+    if not device.startswith("cuda"):
+        return NEEDS_GPU
+    if importlib.util.find_spec(CUDA) is None:
+        return f"there is no {CUDA}"
+    obstacle: Callable[[], str | None] = getattr(importlib.import_module(CUDA), "obstacle", lambda: None)
+    return obstacle()
+
+
+def of_extension(name: str, device: str) -> Found:
+    """A function of the CUDA extension, or why there is none here."""
+    return extension_obstacle(device) or _function(CUDA, name) or f"{CUDA} has no {name}"
+
+
+def extension_ops(device: str, matrices: int, rows: int, width: int) -> dict[str, Op]:
+    """What there is of the CUDA extension, on matrices (b, l, l) or panels (b, rows, l), with l = ``width``."""
+    g = torch.Generator(device).manual_seed(0)
+    X = torch.randn(matrices, rows, width, generator=g, device=device)
+    gram = X.double().mT @ X.double()
+    arguments: dict[str, tuple[Tensor, ...]] = {
+        "jacobi_eigh": (gram,),
+        "orthonormalize": (X,),
+        "gram64": (X, X),
+        "whiten": (gram,),
+        "condition": (gram,),
+        "ritz": (gram, gram @ gram),
+    }
+    found = {name: of_extension(name, device) for name in arguments}
+    return {name: functools.partial(f, *arguments[name]) for name, f in found.items() if callable(f)}
+
+
+def _of_cupy() -> Found:
+    try:
+        cupy: Any = importlib.import_module("cupy")
+    except Exception as error:  # one that does not fit the driver raises whatever it raises
+        return f"cupy cannot be imported: {error}"
+    return lambda C: tuple(torch.from_dlpack(X) for X in cupy.linalg.eigh(cupy.from_dlpack(C)))
 
 
 class SmallProblems:
