@@ -32,13 +32,13 @@ from benchmarks.gpu.sizes import kept, streamed
 from benchmarks.gpu.stage import NEEDS_GPU, Deadline, Options, Report, wall
 from benchmarks.gpu.table import PICTURE
 from benchmarks.models import ModelRound
+from benchmarks.truth import Truth
 
 # Bytes of the device that a round may use, and how many clients are drawn.
 LIMIT = {False: 16 << 30, True: 64 << 20}
 DRAWN = {False: 40, True: 4}
 # The decoder's blocks whose layers are profiled: copies and kernels by the thousand, in a trace of a few megabytes.
 PROFILED = {False: 4, True: 1}
-FROM_MEMORY, FROM_FILES = "host memory", "files"
 
 State = dict[str, Tensor]
 
@@ -105,18 +105,35 @@ def floor_seconds(round_: ModelRound, ceilings: dict[str, Any]) -> float | None:
     return round_.bytes / pcie["to_device"] if isinstance(pcie, dict) else None
 
 
+def excess(update: ff.GlobalUpdate, round_: ModelRound, states: Sequence[State], options: Options) -> dict[str, float]:
+    """Of one of the smallest layers, by its name, in float64 on the device."""
+    layer = min(round_.layers, key=lambda layer: layer[1] * layer[2])[0]
+    shared = itertools.islice(itertools.cycle(states), len(round_.ranks))
+    configs = [models.config(round_, rank) for rank in round_.ranks]
+    clients = ops.client_factors(list(shared), configs, round_.weights(), layer)
+    truth = Truth([(B.to(options.device), A.to(options.device), c) for B, A, c in clients])
+    B, A, *_ = ops.answer(update, layer)
+    return {layer: truth.excess(B, A, kept(options.quick))}
+
+
 def measure_round(
-    round_: ModelRound, sources: Sequence[ff.Adapter | Path], origin: str, options: Options, report: Report, name: str
+    round_: ModelRound,
+    sources: Sequence[ff.Adapter | Path],
+    states: Sequence[State],
+    options: Options,
+    report: Report,
+    name: str,
 ) -> None:
     """Fill ``report["rounds"][name]``: the time to take clients in, and twice the time from the last of them on.
 
-    Clients in memory are checked as they come; files are read, checked and solved in one go at the end.
+    Clients in memory are checked as they come; files are read, checked and solved in one go at the end. ``states``:
+    what the clients share in turn.
     """
+    origin, read = ("host memory", "add") if isinstance(sources[0], ff.Adapter) else ("files", "finish")
     floor = floor_seconds(round_, options.found("ceilings"))
     row: dict[str, Any] = {"from": origin, "clients": len(round_.ranks), "layers": len(round_.layers), "R": round_.R}
     row |= {"k": kept(options.quick), "bytes": round_.bytes, "limit": LIMIT[options.quick], "floor_seconds": floor}
     report["rounds"][name] = row
-    read = "add" if origin == FROM_MEMORY else "finish"
     start = time.perf_counter()
     call = ops.streamed_round(
         sources, round_.weights(), kept(options.quick), options.device, LIMIT[options.quick], read
@@ -128,8 +145,9 @@ def measure_round(
     report.write()
     row["seconds"] = wall(lambda: updates.append(call()), options.device)
     row |= {"identical": identical(*updates), "solvers": Counter(layer.solver for layer in updates[0].values())}
-    row["estimated_excess"] = max(layer.excess for layer in updates[0].values())
     row["over_floor"] = None if floor is None else row["seconds"] / floor
+    report.write()
+    row["excess"] = excess(updates[0], round_, states, options)
     report.write()
     print(f"{name}: {row['seconds']:.4g} s", flush=True)
 
@@ -175,16 +193,16 @@ def measure(options: Options, report: Report) -> None:
     states = drawn(few, DRAWN[options.quick], options.device)
     report["drawn"] = len(states)
     with report.attempt(small):
-        measure_round(few, adapters(few, states), FROM_MEMORY, options, report, small)
-    in_files = f"{small}, {FROM_FILES}"
-    with report.attempt(in_files), folders(few, states[: DRAWN[options.quick] // 2]) as paths:
-        measure_round(few, paths, FROM_FILES, options, report, in_files)
+        measure_round(few, adapters(few, states), states, options, report, small)
+    in_files, half = f"{small}, files", states[: len(states) // 2]
+    with report.attempt(in_files), folders(few, half) as paths:
+        measure_round(few, paths, half, options, report, in_files)
     if "seconds" not in report["rounds"][small]:
         return
     some, _ = part(many, states, PROFILED[options.quick])
     rest: dict[str, tuple[ModelRound, Callable[[], None]]] = {
         "timeline": (some, lambda: measure_timeline(many, states, options, report)),
-        large: (many, lambda: measure_round(many, adapters(many, states), FROM_MEMORY, options, report, large)),
+        large: (many, lambda: measure_round(many, adapters(many, states), states, options, report, large)),
     }
     for what, (round_, call) in rest.items():
         if (needed := predicted(report, small, round_)) > deadline.left:

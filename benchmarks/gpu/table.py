@@ -111,13 +111,24 @@ def streamed_table(results: Results) -> str:
                 seconds(row["seconds"]),
                 "–" if floor is None else f"{seconds(floor)} ({over:.3g}×)",
                 seconds(row["take_in_seconds"]),
+                f"{max(row['excess'].values()):.0e}" if row.get("excess") else "–",
                 text.mebibytes(row["peak_bytes"]),
                 text.mebibytes(row["reserved_bytes"]),
                 text.mebibytes(row["limit"]),
                 ", ".join(f"{solver} {count}" for solver, count in row["solvers"].items()),
             ]
         )
-    header = ["*round-7b*, streamed", "all layers", "PCIe", "taken in", "memory", "reserved", "limit", "solvers"]
+    header = [
+        "*round-7b*, streamed",
+        "all layers",
+        "PCIe",
+        "taken in",
+        "excess",
+        "memory",
+        "reserved",
+        "limit",
+        "solvers",
+    ]
     parts = [markdown(header, body) if body else "", timeline_line(results)]
     parts += [f"Not run: {what}: {why}." for what, why in data(results, "streamed").get("not_run", {}).items()]
     return "\n\n".join(part for part in parts if part)
