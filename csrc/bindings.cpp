@@ -1,12 +1,16 @@
 // The Python face of flexlora_fast._C: argument conversion and the GIL, nothing else.
 
+#include <pybind11/numpy.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "cpu/gather.h"
 #include "cpu/matmul.h"
+#include "cpu/require.h"
 
 namespace py = pybind11;
 using flexlora::cpu::Precision;
@@ -17,6 +21,17 @@ Precision precision_of(const std::string& name) {
     if (name == "float32") return Precision::f32;
     if (name == "bfloat16") return Precision::bf16;
     throw std::invalid_argument("precision is '" + name + "': expected 'float32' or 'bfloat16'");
+}
+
+using Int64 = py::array_t<int64_t, py::array::c_style>;
+
+flexlora::cpu::Ranges ranges_of(const Int64& descriptor, const Int64& start, const Int64& nbytes,
+                                const Int64& target) {
+    for (const Int64* array : {&descriptor, &start, &nbytes, &target}) {
+        flexlora::require(array->ndim() == 1 && array->size() == descriptor.size(), "arrays of ", array->size(), " and ",
+                          descriptor.size(), " numbers in ", array->ndim(), " dimensions: expected (N,) for all four");
+    }
+    return {descriptor.size(), descriptor.data(), start.data(), nbytes.data(), target.data()};
 }
 
 }  // namespace
@@ -55,4 +70,24 @@ sums are float32, and scale multiplies float32 values either way.
 symmetric: the product is, and one triangle is computed.
 The order of summation depends on K and scale alone. Inputs are never modified; out must not overlap them.
 Raises ValueError, quoting the value, where shapes, types or devices do not fit.)doc");
+    m.def(
+        "gather",
+        [](const Int64& descriptor, const Int64& start, const Int64& nbytes, const Int64& target, at::Tensor out,
+           int64_t threads) -> std::optional<std::pair<int64_t, int>> {
+            const auto ranges = ranges_of(descriptor, start, nbytes, target);
+            flexlora::require(out.device().is_cpu() && out.scalar_type() == at::kByte && out.is_contiguous(),
+                              "out is ", out.scalar_type(), " on ", out.device(), ": expected contiguous bytes on the CPU");
+            char* const buffer = static_cast<char*>(out.mutable_data_ptr());
+            const py::gil_scoped_release release;
+            const auto failure = flexlora::cpu::gather(ranges, buffer, out.numel(), threads);
+            return failure ? std::optional(std::pair(failure->range, failure->error)) : std::nullopt;
+        },
+        py::arg("descriptor"), py::arg("start"), py::arg("nbytes"), py::arg("target"), py::arg("out"),
+        py::arg("threads"),
+        R"doc(Copy N ranges of bytes from files and memory into a buffer; flexlora_fast.gather holds the twin.
+
+descriptor, start, nbytes, target: (N,) int64. A range comes from byte start of the file of a descriptor, or from the
+address start where descriptor is -1, and goes to byte target of out (contiguous uint8 on the CPU).
+Returns None, or the first range that could not be read and its errno (0: its file ends too early).
+Raises ValueError before anything is read where a range does not fit out.)doc");
 }

@@ -227,6 +227,11 @@ class Adapter:
             raise error.at(client=self.client) from None
 
     @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors by state-dict key, as they are kept: those of a ``TensorFile`` are read at each access."""
+        return self._tensors
+
+    @property
     def on_disk(self) -> bool:
         """Whether tensors are read from a file at each use."""
         return isinstance(self._tensors, TensorFile)

@@ -32,6 +32,7 @@ from flexlora_fast.methods import Method
 from flexlora_fast.precision import full_precision
 from flexlora_fast.progress import track
 from flexlora_fast.resident import Resident
+from flexlora_fast.stored import Stored
 from flexlora_fast.update import GlobalUpdate, Refusal
 from flexlora_fast.work import Client, Settings, Work
 
@@ -173,7 +174,7 @@ class Aggregator:
         self.rank, self.method, self.solver, self.tol = rank, methods.get(method), plan.check_solver(solver), tol
         self.device, self.seed, self.missing = _device(device), seed, missing
         self.certificate = plan.check_certificate(certificate)
-        self.memory_limit = memory.parse_limit(memory_limit)
+        self.memory_limit, self._room = memory.parse_limit(memory_limit), memory_limit
         if results not in RESULTS:
             raise OptionError(f"results {results!r} is neither 'cpu' nor 'device'")
         self.read, self.results, self.progress = read, results, progress
@@ -182,7 +183,9 @@ class Aggregator:
         self._admission = Admission()
         self._kept = 0  # bytes of tensors from files
         self._grams = self._gram_table()
-        self._resident = Resident(self.device) if self.device.type == "cuda" and obstacle() is None else None
+        kernels = self.device.type == "cuda" and obstacle() is None
+        self._resident = Resident(self.device) if kernels else None
+        self._stored = Stored() if kernels else None
         self._suspicious = False  # whether a client's values turned out bad in ``finish``
         self._started = time.perf_counter()
 
@@ -233,6 +236,8 @@ class Aggregator:
         self._admission.accept(name, source)
         if self._resident is not None:
             self._resident.take(name, held)
+        if self._stored is not None:
+            self._stored.take(name, held)
         if self._grams is not None and not held.on_disk:
             with full_precision():
                 self._grams.take(name, held)
@@ -255,7 +260,7 @@ class Aggregator:
         if self._suspicious:
             self._check_the_others()
         clients = self._weighted()
-        work = Work(clients, self._settings(), self._grams, self._resident)
+        work = Work(clients, self._settings(), self._grams, self._resident, self._stored)
         frame = GlobalUpdate(
             layer_updates={},
             clients=[finishing.record(client) for client in clients],
@@ -292,6 +297,7 @@ class Aggregator:
             self.memory_limit,
             self.certificate,
             self.results,
+            memory.room(self.device, self._room),
         )
 
     def _gram_table(self) -> GramTable | None:
@@ -325,6 +331,8 @@ class Aggregator:
             client = self._clients[name]
             if client.adapter is not client.source and self._kept > room - work.held:
                 client.adapter = client.source
+                if self._stored is not None:
+                    self._stored.take(name, client.source)
                 self._kept -= client.source.skeleton.nbytes
         return min(room - self._kept, work.ahead)
 
@@ -365,6 +373,8 @@ class Aggregator:
         self._kept -= gone.source.skeleton.nbytes if gone.adapter is not gone.source else 0
         if self._resident is not None:
             self._resident.drop(name)
+        if self._stored is not None:
+            self._stored.drop(name)
         self.refused.append(Refusal(name, str(error)))
         self._admission = Admission()
         for client in self._clients.values():

@@ -1,11 +1,16 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and how many may be open."""
 
 from __future__ import annotations
 
 import os
+import resource
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+
+from flexlora_fast.errors import OptionError
+
+_SPARE = 64  # files that something else may open meanwhile
 
 
 def replace(target: Path, write_to: Callable[[str], object]) -> None:
@@ -25,3 +30,22 @@ def replace(target: Path, write_to: Callable[[str], object]) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def allow_open(count: int) -> None:
+    """Let this process hold ``count`` more files open, by raising its soft limit as far as that takes.
+
+    Not further: programs that call ``select`` rely on a low limit. It stays raised.
+
+    Raises ``OptionError`` where the hard limit is in the way.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/dev/fd")) + count + _SPARE
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise OptionError(
+            f"{count} files are to be held open beside {needed - count - _SPARE} others, and this process may have "
+            f"{hard}; raise the limit (`ulimit -Hn`), or have fewer clients on disk"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,12 @@ def to_file(work: Work, frame: GlobalUpdate, budget: int, progress: bool | None,
 
 def solve_layers(work: Work, budget: int, take: Callable[[LayerUpdate], None], progress: bool | None) -> None:
     """Every layer in order: read ahead within ``budget`` bytes, solved here, and taken in a thread of its own."""
-    with ReadAhead(work.pieces(), budget) as pieces, ThreadPoolExecutor(1, "flexlora_fast-write") as writer:
+    with ExitStack() as stack:
+        stream = stack.enter_context(work.stream()) if work.streamed else None
+        writer = stack.enter_context(ThreadPoolExecutor(1, "flexlora_fast-write"))
+        pieces = stack.enter_context(ReadAhead(work.pieces(stream), budget))
+        if stream is not None:
+            stack.callback(stream.stop)  # first of all: the reading thread may wait for room that nobody gives up
         pending: Future[None] | None = None
         updates = work.solved(pieces)
         for _ in track(work.plans, "layers", progress):

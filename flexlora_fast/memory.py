@@ -61,6 +61,22 @@ def free(device: torch.device) -> int:
     return default_limit()
 
 
+def room(device: torch.device, limit: int | str | None) -> int:
+    """Bytes of the device's memory that a round may take: what is free, and no more than ``limit`` where it is given.
+
+    Raises ``OptionError`` as ``parse_limit`` does.
+    """
+    if device.type == "cpu":
+        return parse_limit(limit)
+    there = free(device) * 9 // 10  # the rest is lost between torch's blocks
+    return there if limit is None else min(there, parse_limit(limit))
+
+
+def staged(room: int) -> int:
+    """The share of a device's memory for factors on their way there."""
+    return room // 4
+
+
 def show(nbytes: float) -> str:
     """Bytes for people.
 
@@ -99,10 +115,10 @@ def scratch_folded(shape: Shape, widest: int) -> int:
     return scratch("dense", shape) + shape.batch * 4 * (shape.m + shape.n) * columns
 
 
-def piece_bytes(nbytes: int, total_rank: int, widest: int) -> int:
+def piece_bytes(nbytes: int, total_rank: int, widest: int, piece: int = PIECE_COLUMNS) -> int:
     """Bytes of the largest piece of a layer whose factors take ``nbytes`` in all: their share by columns.
 
     Doubled, since the clients of one piece may send a wider dtype than the average.
     """
-    columns = min(total_rank, PIECE_COLUMNS + widest)
+    columns = min(total_rank, piece + widest)
     return min(nbytes, 2 * math.ceil(nbytes * columns / max(total_rank, 1)))

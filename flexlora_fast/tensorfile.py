@@ -8,7 +8,6 @@ bytes of JSON from tensor name to dtype, shape and offsets, then the data withou
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -96,7 +95,7 @@ class TensorFile(Mapping[str, Tensor]):
             with open(self.path, "rb", buffering=0) as file:
                 self._stamp = _stamp(os.fstat(file.fileno()))
                 self.index = _read_index(file.fileno(), self._stamp[1])
-                self._held = _Held(os.dup(file.fileno())) if hold else None
+                self._held = Opened(os.dup(file.fileno())) if hold else None
         except (OSError, _BadFile) as error:
             raise AdapterError(
                 f"{self.path!r} is not a readable safetensors file ({error}); have it sent again"
@@ -143,9 +142,9 @@ class TensorFile(Mapping[str, Tensor]):
             tensors[name], view = _shaped(new(entry.nbytes), entry.dtype, entry.shape)
             if entry.nbytes:
                 pending.append((entry.start, view))
-        with self._opened() as descriptor:
-            for start, views in _runs(pending):
-                self._fill(descriptor, start, views)
+        opened = self.opened()
+        for start, views in _runs(pending):
+            self._fill(opened.descriptor, start, views)
         return {name: tensors[name] for name in wanted}
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
@@ -154,23 +153,35 @@ class TensorFile(Mapping[str, Tensor]):
         width = entry.dtype.itemsize
         tensor, view = _shaped(_buffer((stop - start) * width), entry.dtype, (stop - start,))
         if stop > start:
-            with self._opened() as descriptor:
-                self._fill(descriptor, entry.start + start * width, [view])
+            opened = self.opened()
+            self._fill(opened.descriptor, entry.start + start * width, [view])
         return tensor
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[int]:
+    def opened(self) -> Opened:
+        """The open file, for as long as what is returned is kept; ``place`` says where in it a tensor lies.
+
+        Raises ``AdapterError`` where it is gone or has changed.
+        """
         try:
-            held = self._held or _Held(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+            opened = self._held or Opened(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
             raise AdapterError(
                 f"{self.path!r} cannot be read any more ({error.strerror}); a file must stay while it is in use"
             ) from error
-        if _stamp(os.fstat(held.descriptor)) != self._stamp:
+        self.check(opened)
+        return opened
+
+    def check(self, opened: Opened) -> None:
+        """Raise ``AdapterError`` if the file has changed since its header was read."""
+        if _stamp(os.fstat(opened.descriptor)) != self._stamp:
             raise AdapterError(
                 f"{self.path!r} has changed since it was opened; a file must stay as it is while it is in use"
             )
-        yield held.descriptor
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where a tensor lies in the file: its first byte, and how many there are."""
+        entry = self.entry(name)
+        return self.index.begin + entry.start, entry.nbytes
 
     def _fill(self, descriptor: int, start: int, views: list[memoryview]) -> None:
         """Fill the buffers from byte ``start`` of the data on; a system call may bring less than asked for."""
@@ -191,7 +202,7 @@ class TensorFile(Mapping[str, Tensor]):
                 left[0] = left[0][got:]
 
 
-class _Held:
+class Opened:
     """A descriptor that closes with the last one who holds it."""
 
     def __init__(self, descriptor: int) -> None:

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from flexlora_fast import memory
-from flexlora_fast.lowrank.grouped import Layers, Stacks, begin_group
+from flexlora_fast.backends import groups
+from flexlora_fast.backends.group import Group
+from flexlora_fast.lowrank.cores import Core, Dense, Grams
+from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.lowrank.grouped import How, Layers, Stacks, alone, begin_group
 from flexlora_fast.precision import full_precision
-from flexlora_fast.resident import ResidentLayers
 from flexlora_fast.stack import Stack
+from flexlora_fast.streamed import Brought, summed
 from flexlora_fast.update import LayerUpdate
 
 if TYPE_CHECKING:
-    from flexlora_fast.work import LayerPlan, Piece, Settings, Work
+    from flexlora_fast.work import LayerPlan, Settings, Work
 
 # Groups that a device may have before it while the host makes the next. Of factors that were read, one: they stay in
 # memory until their group is done.
 _RESIDENT_IN_FLIGHT = 64
+# Of a device's memory one part in four is for factors on their way there, of which a group may fill one in four where
+# it can be as small: then others come while it is solved. The rest is for two groups.
+PARTS = 4
 
 
 def runs(plans: Sequence[LayerPlan], of: Settings) -> Iterator[list[LayerPlan]]:
-    """The plans in runs of one group whose factors, and what solving them needs, fit half of the memory at once."""
-    room = memory.free(of.device) if of.device.type != "cpu" else of.limit
+    """The plans in runs of one group whose factors, and what solving them needs, fit the memory."""
+    on_device = of.device.type != "cpu"
     run, held, scratch = list["LayerPlan"](), 0, 0
     for plan in plans:
         held, scratch = held + plan.held, scratch + plan.scratch
-        full = 4 * held > of.limit or 2 * (held + scratch) > room
+        if on_device:
+            full = PARTS * PARTS * held > of.room or 3 * scratch > of.room
+        else:
+            full = 4 * held > of.limit or 2 * (held + scratch) > of.room
         if run and (not plan.grouped or plan.group != run[0].group or full):
             yield run
             run, held, scratch = [], plan.held, plan.scratch
@@ -45,45 +57,136 @@ def in_flight(work: Work) -> int:
 
 
 @full_precision()
-def begin(work: Work, layers: Sequence[LayerPlan], pieces: Iterator[Piece]) -> Callable[[], list[LayerUpdate]]:
+def begin(work: Work, layers: Sequence[LayerPlan], pieces: Iterator[Any]) -> Callable[[], list[LayerUpdate]]:
     """Have the device begin with layers of one shape; what is returned waits for it and gives their updates."""
-    source, biases = _resident(work, layers) if work.all_here else _read(work, layers, pieces)
-    of, rank = work.settings, layers[0].rank
-    names = [layer.spec.name for layer in layers]
-    results = begin_group(source, rank, tol=of.tol, seed=of.seed, names=names, certificate=of.certificate)
+    source, biases, done = _layers(work, layers, pieces)
+    of = work.settings
+    how = How(of.tol, of.seed, [layer.spec.name for layer in layers], of.certificate)
+    results = begin_group(source, layers[0].rank, how)
 
     @full_precision()
     def updates() -> list[LayerUpdate]:
         found = zip(layers, results(), source.ranks, biases, strict=True)
+        done()
         return [LayerUpdate(layer.spec, work.brought(result), R, None, bias) for layer, result, R, bias in found]
 
     return updates
 
 
-def _read(work: Work, layers: Sequence[LayerPlan], pieces: Iterator[Piece]) -> tuple[Layers, list[Tensor | None]]:
-    """Stacks of the pieces of these layers, and their biases."""
-    made = [work.stack_of(layer.spec, next(pieces)) for layer in layers]
-    return Stacks([stack for stack, _ in made]), [bias for _, bias in made]
+def _layers(
+    work: Work, layers: Sequence[LayerPlan], pieces: Iterator[Any]
+) -> tuple[Layers, Sequence[Tensor | None], Callable[[], None]]:
+    """What is solved, the averaged biases, and what is to be called when the results are there."""
+    none, device = [None] * len(layers), work.settings.device
+    if work.all_here:
+        source = _tabled(work, layers, partial(_resident, work, layers))
+        if layers[0].folded:
+            return _summed(work, layers, source.group(None).materialize()), none, _nothing
+        return source, none, _nothing
+    if work.streamed:
+        if layers[0].folded:
+            return _summed(work, layers, summed(layers, pieces, device)), none, _nothing
+        piece: Brought = next(pieces)
+        return _tabled(work, layers, piece.group), none, piece.arrival.release
+    if not layers[0].folded:
+        made = [work.stack_of(layer.spec, next(pieces)) for layer in layers]
+        return Stacks([stack for stack, _ in made]), [bias for _, bias in made], _nothing
+    spec, biases = layers[0].spec, list[Tensor | None]()
+    D = torch.zeros(sum(layer.spec.experts for layer in layers), spec.m, spec.n, device=device)
+    for layer, out in zip(layers, D.split([layer.spec.experts for layer in layers]), strict=True):
+        biases.append(work.each_stack(layer, pieces, partial(_add, out)))
+    return _summed(work, layers, D), biases, _nothing
 
 
-def _resident(work: Work, layers: Sequence[LayerPlan]) -> tuple[Layers, list[Tensor | None]]:
-    """The layers from where their factors lie in the device's memory; none of them has a bias."""
+def _nothing() -> None:
+    """Nothing is left to be done."""
+
+
+def _add(out: Tensor, stack: Stack) -> None:
+    """Add ΔW of a stack (b, m, n)."""
+    groups.of([stack]).materialize(out)
+
+
+@dataclass(frozen=True)
+class Summed:
+    """``lowrank.grouped.Layers`` that are summed up already: D (Σ experts, m, n) float32.
+
+    ``again``: solves one from its pieces, looking at each of them.
+    """
+
+    D: Tensor
+    ranks: Sequence[int]
+    batches: Sequence[int]
+    again: Callable[[int], Factorization]
+
+    @property
+    def m(self) -> int:
+        return self.D.shape[1]
+
+    @property
+    def n(self) -> int:
+        return self.D.shape[2]
+
+    def core(self, places: Sequence[int]) -> Core:
+        if len(places) == len(self.batches):
+            return Dense(self.D)
+        parts = self.D.split(list(self.batches))
+        return Dense(torch.cat([parts[i] for i in places]))
+
+    def alone(self, place: int, rank: int, how: How) -> Factorization:
+        return self.again(place)
+
+
+def _summed(work: Work, layers: Sequence[LayerPlan], D: Tensor) -> Summed:
+    def again(place: int) -> Factorization:
+        pieces = (read() for _, read in work.pieces_of(layers[place]))
+        return work.summed(layers[place], pieces)[0]
+
+    return Summed(D, [layer.total_rank for layer in layers], [layer.spec.experts for layer in layers], again)
+
+
+@dataclass(frozen=True)
+class Tabled:
+    """``lowrank.grouped.Layers`` of one shape whose factors lie on the device.
+
+    ``group``: of some of them, by their places, or of all (None). ``usual``: the stack of one that needs a closer look.
+    """
+
+    m: int
+    n: int
+    ranks: Sequence[int]
+    group: Callable[[Sequence[int] | None], Group]
+    usual: Callable[[int], Stack]
+
+    @property
+    def batches(self) -> list[int]:
+        return [1] * len(self.ranks)
+
+    def core(self, places: Sequence[int]) -> Core:
+        return Grams(self.group(None if len(places) == len(self.ranks) else places))
+
+    def alone(self, place: int, rank: int, how: How) -> Factorization:
+        return alone(self.usual(place), place, rank, how)
+
+
+def _tabled(work: Work, layers: Sequence[LayerPlan], group: Callable[[Sequence[int] | None], Group]) -> Tabled:
     spec = layers[0].spec
-    assert work.resident is not None
 
     def usual(place: int) -> Stack:
         ((_, read),) = work.pieces_of(layers[place])
         return work.stack_of(layers[place].spec, read())[0]
 
-    source = ResidentLayers(
-        work.resident,
-        spec.m,
-        spec.n,
-        [layer.spec.name for layer in layers],
-        [layer.total_rank for layer in layers],
+    return Tabled(spec.m, spec.n, [layer.total_rank for layer in layers], group, usual)
+
+
+def _resident(work: Work, layers: Sequence[LayerPlan], places: Sequence[int] | None) -> Group:
+    """The group from where the factors lay when their clients came."""
+    assert work.resident is not None
+    chosen = layers if places is None else [layers[i] for i in places]
+    return work.resident.group(
+        (layers[0].spec.m, layers[0].spec.n),
+        [layer.spec.name for layer in chosen],
         [client.name for client in work.clients],
         [client.share for client in work.clients],
         work.settings.missing == "renormalize",
-        usual,
     )
-    return source, [None] * len(layers)

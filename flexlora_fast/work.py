@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from flexlora_fast.precision import full_precision
 from flexlora_fast.resident import Resident
 from flexlora_fast.skeleton import Skeleton
 from flexlora_fast.stack import Stack
+from flexlora_fast.stored import Stored
+from flexlora_fast.streamed import PIECE_COLUMNS, Brought, Stream
 from flexlora_fast.update import LayerUpdate
 
 _READ_AHEAD = 64 * 1024**2  # bytes that are read ahead at least, where the limit has room for them
@@ -61,13 +64,19 @@ class Settings:
     limit: int
     certificate: str = "exact"
     results: str = "cpu"
+    room: int = 0
+
+    def __post_init__(self) -> None:
+        """``limit`` bounds this machine's memory, ``room`` that in which layers are solved: a GPU's, or the same."""
+        if self.device.type == "cpu":
+            object.__setattr__(self, "room", self.limit)
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     """How one layer is solved.
 
-    ``total_rank``: R. ``rank``: columns wanted. ``grouped``: with other layers of its shape, by solver "filtered".
+    ``total_rank``: R. ``rank``: columns wanted. ``grouped``: with other layers of its shape, by ``lowrank.grouped``.
     ``folded``: clients come in pieces that are added to a dense ΔW.
     ``held``: bytes of the largest piece as read (of all factors where not folded). ``scratch``: bytes beside it.
     """
@@ -83,7 +92,7 @@ class LayerPlan:
     @property
     def group(self) -> tuple[int, ...]:
         """What layers that are solved together have in common; () for those solved one by one."""
-        return (self.spec.m, self.spec.n, self.rank) if self.grouped else ()
+        return (self.spec.m, self.spec.n, self.rank, self.folded) if self.grouped else ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ class Work:
     settings: Settings
     grams: GramTable | None = None
     resident: Resident | None = None
+    stored: Stored | None = None
     plans: list[LayerPlan] = field(init=False)  # in the order of solving
     groups: list[list[LayerPlan]] = field(init=False)  # the same in runs that are solved together
 
@@ -122,8 +132,8 @@ class Work:
     @property
     def scratch(self) -> int:
         """Bytes that solving needs beside what was read."""
-        if self.settings.device.type != "cpu":  # where a group's scratch is
-            return max(p.scratch for p in self.plans)
+        if self.settings.device.type != "cpu":
+            return 0  # of this machine's memory
         return max(sum(p.scratch for p in group) for group in self.groups)
 
     @property
@@ -138,11 +148,34 @@ class Work:
 
     # -- reading ---
 
-    def pieces(self) -> Iterator[tuple[int, Callable[[], Piece]]]:
+    @cached_property
+    def streamed(self) -> bool:
+        """Whether factors are brought to the device without a look at each. Values that no sum may take up are found by
+        what becomes of them: such a layer is read again the usual way, which names the client.
+        """
+        usual = self.stored is None or self.all_here or not self.settings.method.uniform
+        if usual or not any(layer.grouped for layer in self.plans):
+            return False
+        assert self.stored is not None
+        return self.stored.has([client.name for client in self.clients])
+
+    def stream(self) -> Stream:
+        """The way that factors are brought by, of a round that is ``streamed``."""
+        assert self.stored is not None
+        shares = [client.share for client in self.clients]
+        names = [client.name for client in self.clients]
+        return Stream(self, self.stored.opened(names, shares, self.settings.missing == "renormalize"))
+
+    def pieces(self, stream: Stream | None = None) -> Iterator[tuple[int, Callable[[], Piece | Brought]]]:
         """What is to be read in the order of solving: its bytes in memory that is not held already, and how."""
-        for layer in self.plans:
-            if not (layer.grouped and self.all_here):  # those are solved from where their factors lie
-                yield from self.pieces_of(layer)
+        for group in self.groups:
+            if not group[0].grouped:
+                yield from self.pieces_of(group[0])
+            elif stream is not None:
+                yield from stream.jobs(group)
+            elif not self.all_here:  # those are solved from where their factors lie
+                for layer in group:
+                    yield from self.pieces_of(layer)
 
     def pieces_of(self, layer: LayerPlan) -> Iterator[tuple[int, Callable[[], Piece]]]:
         having = [client for client in self.clients if layer.spec.name in client.adapter.skeleton.specs]
@@ -153,7 +186,7 @@ class Work:
 
     # -- solving ---
 
-    def solved(self, pieces: Iterator[Piece]) -> Iterator[LayerUpdate]:
+    def solved(self, pieces: Iterator[Any]) -> Iterator[LayerUpdate]:
         """Every layer in the order of ``plans``. Raises ``AdapterError`` naming client and layer for bad values."""
         begun: deque[Callable[[], list[LayerUpdate]]] = deque()
         most = together.in_flight(self)
@@ -181,13 +214,11 @@ class Work:
     @full_precision()
     def solve_layer(self, layer: LayerPlan, pieces: Iterator[Piece]) -> LayerUpdate:
         """Take the layer's pieces and solve it. Raises ``AdapterError`` naming client and layer for bad values."""
-        bias = _Bias()
         if layer.folded:
-            result, averaged = self._fold(layer, pieces, bias), None
-            total_rank = layer.total_rank
-        else:
-            result, averaged, total_rank = self._whole(layer, next(pieces), bias)
-        return LayerUpdate(layer.spec, self.brought(result), total_rank, averaged, bias.mean)
+            result, bias = self.summed(layer, pieces)
+            return LayerUpdate(layer.spec, self.brought(result), layer.total_rank, None, bias)
+        result, averaged, total_rank, bias = self._whole(layer, next(pieces))
+        return LayerUpdate(layer.spec, self.brought(result), total_rank, averaged, bias)
 
     def brought(self, f: Factorization) -> Factorization:
         """The same on the CPU; with ``results="device"`` U and V stay on the device that they were computed on."""
@@ -196,10 +227,10 @@ class Work:
         return f if self.settings.results == "device" else dataclasses.replace(f, U=f.U.cpu(), V=f.V.cpu())
 
     def _whole(
-        self, layer: LayerPlan, piece: Piece, bias: _Bias
-    ) -> tuple[Factorization, tuple[Tensor, Tensor] | None, int]:
+        self, layer: LayerPlan, piece: Piece
+    ) -> tuple[Factorization, tuple[Tensor, Tensor] | None, int, Tensor | None]:
         of, spec = self.settings, layer.spec
-        stack = self._stack(spec, piece, bias)
+        stack, bias = self.stack_of(spec, piece)
         if (table := self.grams) is not None:
             factors = [(c.client, c.B, c.A) for c in piece.contributions]
             stack.grams = lambda: table.of(spec.name, factors)
@@ -215,19 +246,25 @@ class Work:
         averaged = None
         if of.method.output == "slice":
             averaged = (stack.P.cpu(), stack.Q.cpu())  # whole: the error of a slice is what it leaves behind
-        return result, averaged, stack.R
+        return result, averaged, stack.R, bias
 
-    def _fold(self, layer: LayerPlan, pieces: Iterator[Piece], bias: _Bias) -> Factorization:
+    def summed(self, layer: LayerPlan, pieces: Iterator[Piece]) -> tuple[Factorization, Tensor | None]:
+        """A folded layer solved by itself, and its averaged bias."""
         of, spec = self.settings, layer.spec
         total = Accumulator(spec.m, spec.n, spec.experts, of.device)
-        last = False
-        while not last:
-            last = self._add(total, spec, next(pieces), bias)
+        bias = self.each_stack(layer, pieces, lambda stack: total.add(stack, spec.name))
         rank = min(layer.rank, layer.total_rank, spec.m, spec.n)
-        return total.solve(rank, tol=of.tol, seed=of.seed, name=spec.name)
+        return total.solve(rank, tol=of.tol, seed=of.seed, name=spec.name), bias
 
-    def _add(self, total: Accumulator, spec: LayerSpec, piece: Piece, bias: _Bias) -> bool:
-        total.add(self._stack(spec, piece, bias), spec.name)
+    def each_stack(self, layer: LayerPlan, pieces: Iterator[Piece], take: Callable[[Stack], None]) -> Tensor | None:
+        """Hand on the stack of every piece of a folded layer. The layer's averaged bias."""
+        bias, last = _Bias(), False
+        while not last:
+            last = self._hand_on(layer.spec, next(pieces), bias, take)
+        return bias.mean
+
+    def _hand_on(self, spec: LayerSpec, piece: Piece, bias: _Bias, take: Callable[[Stack], None]) -> bool:
+        take(self._stack(spec, piece, bias))
         return piece.last
 
     def stack_of(self, spec: LayerSpec, piece: Piece) -> tuple[Stack, Tensor | None]:
@@ -277,23 +314,40 @@ def plan_layer(name: str, skeletons: Sequence[tuple[Skeleton, int]], of: Setting
     shape = plan.Shape(spec.m, spec.n, columns, kept, of.tol, spec.experts, of.certificate)
     grouped = of.device.type != "cpu" and of.method.output == "svd"
     solver = plan.choose(shape, plan.constants_of(of.device), grouped=grouped) if of.solver == "auto" else of.solver
-    scratch = memory.scratch(solver, shape)
+    whole = LayerPlan(spec, total_rank, rank, False, nbytes, memory.scratch(solver, shape), solver == "filtered")
+    whole = dataclasses.replace(whole, grouped=whole.grouped and of.method.output == "svd")
+    least, needs = whole, _needs(whole, of)
     if of.method.folds:
-        piece = memory.piece_bytes(nbytes, total_rank, widest)
-        folded = LayerPlan(spec, total_rank, rank, True, piece, memory.scratch_folded(shape, widest))
-        if folded.held + folded.scratch <= of.limit and (solver == "dense" or nbytes + scratch > of.limit):
+        columns = memory.PIECE_COLUMNS if of.device.type == "cpu" else PIECE_COLUMNS
+        piece = memory.piece_bytes(nbytes, total_rank, widest, columns)
+        folded = LayerPlan(spec, total_rank, rank, True, piece, memory.scratch_folded(shape, widest), grouped)
+        if _needs(folded, of) <= of.room and (solver == "dense" or needs > of.room):
             return folded
-        least = min(nbytes + scratch, folded.held + folded.scratch)
-    else:
-        least = nbytes + scratch
-    if nbytes + scratch > of.limit:
+        least = min(whole, folded, key=lambda layer: _needs(layer, of))
+    if needs > of.room:
         fold = "" if of.method.folds else f" (method {of.method.name!r} takes all clients of a layer at once)"
         raise OptionError(
-            f"a layer of {spec.m} outputs and {spec.n} inputs with R = {total_rank} needs {memory.show(least)}{fold}, "
-            f"and memory_limit is {memory.show(of.limit)}; raise it",
+            f"a layer of {spec.m} outputs and {spec.n} inputs with R = {total_rank} needs "
+            f"{memory.show(_needs(least, of))}{fold}, and {_bound(of)}",
             layer=name,
         )
-    return LayerPlan(spec, total_rank, rank, False, nbytes, scratch, solver == "filtered" and of.method.output == "svd")
+    return whole
+
+
+def _needs(layer: LayerPlan, of: Settings) -> int:
+    """Bytes of ``Settings.room``: of a layer that is solved alone, what was read and the solver's scratch; see
+    ``together.runs`` for groups on a GPU.
+    """
+    if layer.grouped and of.device.type != "cpu":
+        return max(together.PARTS * layer.held, 3 * layer.scratch)
+    return layer.held + layer.scratch
+
+
+def _bound(of: Settings) -> str:
+    room = memory.show(of.room)
+    if of.device.type == "cpu" or of.room == of.limit:
+        return f"memory_limit is {room}; raise it"
+    return f"{room} of {of.device} are free for it; free more, or compute on the CPU"
 
 
 def _groups(layer: LayerPlan, clients: Sequence[Client]) -> Iterator[tuple[list[Client], bool]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import flexlora_fast as ff
 from flexlora_fast.backends.group import Packed
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.lowrank import filtered, plan
+from flexlora_fast.lowrank.cores import Core, Dense, Grams
 from flexlora_fast.lowrank.factorization import Factorization
-from flexlora_fast.lowrank.grouped import Stacks, solve_group
+from flexlora_fast.lowrank.grouped import How, Stacks, solve_group
 from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.precision import full_precision
 from flexlora_fast.stack import Block, Stack
@@ -40,9 +42,20 @@ def group(batch: int = 1, m: int = 210, n: int = 170) -> tuple[list[Stack], list
     return [stack_of(sigma, m, n, i, batch) for i, sigma in enumerate(SPECTRA.values())], list(SPECTRA)
 
 
-def solved(stacks: list[Stack], names: list[str], tol: float = 1e-3) -> list[Factorization]:
+class Summed(Stacks):
+    """The same layers, solved on their dense ΔW."""
+
+    def core(self, places: Sequence[int]) -> Dense:
+        return Dense(Packed([self.stacks[i] for i in places]).materialize())
+
+
+KINDS = {"filtered": Stacks, "dense": Summed}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def solved(stacks: list[Stack], names: list[str], tol: float = 1e-3, kind: str = "filtered") -> list[Factorization]:
     with full_precision():
-        return solve_group(Stacks(stacks), K, tol=tol, seed=0, names=names)
+        return solve_group(KINDS[kind](stacks), K, How(tol, 0, names))
 
 
 def assert_right(f: Factorization, stack: Stack, tol: float) -> None:
@@ -61,19 +74,21 @@ def assert_right(f: Factorization, stack: Stack, tol: float) -> None:
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize(("m", "n"), [(210, 170), (170, 400)])
-def test_all_spectra_in_one_group(tol: float, m: int, n: int) -> None:
+@kinds
+def test_all_spectra_in_one_group(tol: float, m: int, n: int, kind: str) -> None:
     stacks, names = group(m=m, n=n)
-    results = solved(stacks, names, tol)
+    results = solved(stacks, names, tol, kind)
     for name, stack, f in zip(names, stacks, results, strict=True):
         assert_right(f, stack, tol)
-        assert f.solver == "filtered" or (name == "nearly flat" and tol < 1e-3), name
+        assert f.solver == kind or (name == "nearly flat" and tol < 1e-3), name
         assert f.excess <= tol
 
 
-def test_experts_count_as_layers() -> None:
+@kinds
+def test_experts_count_as_layers(kind: str) -> None:
     stacks, names = group(batch=3)
-    for stack, f in zip(stacks, solved(stacks, names), strict=True):
-        assert f.solver == "filtered" and f.U.shape == (3, 210, K)
+    for stack, f in zip(stacks, solved(stacks, names, kind=kind), strict=True):
+        assert f.solver == kind and f.U.shape == (3, 210, K)
         assert_right(f, stack, 1e-3)
 
 
@@ -143,14 +158,38 @@ def test_zero_columns_and_a_zero_layer() -> None:
     assert float(second.energy) == 0 and not second.S.any() and second.solver != "filtered"
 
 
-def test_nan_is_refused_by_layer() -> None:
+@pytest.mark.parametrize("scale", [1e-30, 1e-14, 1e14, 1e30])
+def test_a_dense_sum_beyond_the_range_of_its_squares_goes_to_a_solver_that_rescales(scale: float) -> None:
+    stacks, names = group()
+    blocks = [Block(block.B, block.A, block.d * scale) for block in stacks[2].blocks]
+    scaled = Stack(blocks, stacks[2].m, stacks[2].n)
+    results = solved([*stacks[:2], scaled, *stacks[3:]], names, kind="dense")
+    assert results[2].solver != "dense"
+    assert_right(results[2], scaled, 1e-3)
+    assert [f.solver for f in results[:2] + results[3:]] == ["dense"] * (len(names) - 1)
+
+
+def test_sums_come_in_pieces_and_an_empty_one_changes_nothing() -> None:
+    stacks, _ = group(m=170, n=190)
+    whole = Packed(stacks).materialize()
+    pieces = [Stack(stack.blocks[i::2], 170, 190) for i in range(2) for stack in stacks]
+    total = torch.zeros_like(whole)
+    for i in range(2):
+        assert Packed(pieces[i * len(stacks) : (i + 1) * len(stacks)]).materialize(total) is total
+    assert torch.allclose(total, whole, atol=1e-5)
+    assert torch.equal(Packed([Stack([], 170, 190)] * len(stacks)).materialize(total.clone()), total)
+    assert not Packed([Stack([], 170, 190)]).materialize().any()
+
+
+@kinds
+def test_nan_is_refused_by_layer(kind: str) -> None:
     stacks, names = group()
     bad = stacks[4].blocks[1].B.clone()
     bad[0, 3, 2] = torch.nan
     blocks = [*stacks[4].blocks[:1], Block(bad, *(getattr(stacks[4].blocks[1], x) for x in "Ad"))]
     stacks[4] = Stack([*blocks, *stacks[4].blocks[2:]], 210, 170)
     with pytest.raises(AdapterError, match="NaN") as caught:
-        solved(stacks, names)
+        solved(stacks, names, kind=kind)
     assert caught.value.layer == names[4]
 
 
@@ -163,14 +202,13 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_is_waited_for_before_the_end() -> None:
+@pytest.mark.parametrize("core", [Grams, lambda packed: Dense(packed.materialize())], ids=["filtered", "dense"])
+def test_nothing_is_waited_for_before_the_end(core: Callable[[Packed], Core]) -> None:
     stacks, _ = group()
     with full_precision():
         packed = Packed(stacks)
         with _Waits():
-            found = filtered.leading_triplets(
-                filtered.Core(packed), K, [(i, 0) for i in range(len(stacks))], plan.degrees(1e-3)
-            )
+            found = filtered.leading_triplets(core(packed), K, [(i, 0) for i in range(len(stacks))], plan.degrees(1e-3))
         with pytest.raises(AssertionError, match="_local_scalar_dense"), _Waits():
             float(found.report[0, 0])
     assert bool(filtered.judged(found.report, 1e-3)[1].any())

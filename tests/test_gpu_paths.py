@@ -17,7 +17,7 @@ from flexlora_fast.backends.group import Packed
 from flexlora_fast.errors import BackendError
 from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.calibrate import measure_cuda
-from flexlora_fast.lowrank.grouped import Stacks, solve_group
+from flexlora_fast.lowrank.grouped import How, Stacks, solve_group
 from flexlora_fast.lowrank.random import signs, signs_of, stream
 from flexlora_fast.precision import full_precision
 from tests.test_filtered import K, assert_right, group
@@ -203,7 +203,7 @@ def test_a_group_on_a_gpu(dtype: torch.dtype) -> None:
     ]
     there = [Stack([Block(b.B.cuda(), b.A.cuda(), b.d) for b in stack.blocks], stack.m, stack.n) for stack in rounded]
     with full_precision():
-        results = [solve_group(Stacks(there), K, tol=1e-3, seed=0, names=names) for _ in range(2)]
+        results = [solve_group(Stacks(there), K, How(1e-3, 0, names)) for _ in range(2)]
     for stack, f, again in zip(rounded, *results, strict=True):
         assert f.U.is_cuda and f.solver == "filtered"
         assert torch.equal(f.U, again.U) and torch.equal(f.S, again.S)

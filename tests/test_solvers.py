@@ -178,6 +178,19 @@ def test_factors_beyond_float32_do_not_hang(solver: str) -> None:
             solve(Stack([bad], 30, 20), 2, solver=solver, name="fc")
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("scale", [(1.0, 1e-22), (1e-8, 1e-8), (1.0, 1e20), (1e8, 1e8)], ids=str)
+def test_coefficients_beyond_float32_squares(solver: str, scale: tuple[float, float]) -> None:
+    """Factors that are harmless one by one, with a ΔW whose squares float32 cannot hold."""
+    plain = stack_of(SPECTRA["harmonic"], 200, 150)
+    factor, d = scale
+    blocks = [Block(block.B * factor, block.A * factor, block.d * d) for block in plain.blocks]
+    f = solve(Stack(blocks, 200, 150), 8, solver=solver)
+    best = solve(plain, 8, solver="svd")
+    assert torch.allclose(f.S / (factor * factor * d), best.S, rtol=1e-3)
+    assert torch.allclose(f.energy / (factor * factor * d) ** 2, best.energy, rtol=1e-6)
+
+
 def test_bad_options() -> None:
     stack = stack_of(torch.ones(4), 6, 5)
     with pytest.raises(OptionError, match="'qr' is not one of auto, gram"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.backends.reference import gram_of
+from flexlora_fast.backends.transfer import moved
 from flexlora_fast.stack import Stack
 
 
@@ -42,6 +43,10 @@ class Group(Protocol):
         """P·Z for Z (L, W, l) -> (L, m, l)."""
         ...
 
+    def materialize(self, out: Tensor | None = None) -> Tensor:
+        """ΔW (L, m, n) float32, or ``out`` with it added."""
+        ...
+
 
 class Packed:
     """A group as packed float32 copies of its factors, multiplied by torch: complete, readable, on any device."""
@@ -64,11 +69,16 @@ class Packed:
     def combine(self, Z: Tensor) -> Tensor:
         return self._P @ Z
 
+    def materialize(self, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = self._P.new_zeros(self.layers, self.m, self.n)
+        return out.baddbmm_(self._P * self.d.unsqueeze(1).to(self._P), self._Q)
+
 
 def coefficients(stacks: Sequence[Stack], width: int, device: torch.device) -> Tensor:
     """d of every layer of the group, (L, width) float64, zeros behind a layer's own columns."""
     rows = [torch.nn.functional.pad(stack.d, (0, width - stack.R)) for stack in stacks for _ in range(stack.batch)]
-    return torch.stack(rows).to(device)
+    return moved(torch.stack(rows), device)
 
 
 def _widened(X: Tensor, dim: int, width: int) -> Tensor:

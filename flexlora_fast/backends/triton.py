@@ -37,9 +37,10 @@ class Tabled:
     def __init__(self, table: Table, d: Tensor) -> None:
         from flexlora_fast.kernels.combine import combine
         from flexlora_fast.kernels.gram import gram
+        from flexlora_fast.kernels.materialize import materialize
         from flexlora_fast.kernels.project import project_t
 
-        self._combine, self._gram, self._project_t = combine, gram, project_t
+        self._combine, self._gram, self._materialize, self._project_t = combine, gram, materialize, project_t
         self.table, self.d = table, d
         self.layers, self.m, self.n = self.table.layers, self.table.m, self.table.n
         self.W, self.device = self.table.W, self.table.device
@@ -54,3 +55,6 @@ class Tabled:
 
     def combine(self, Z: Tensor) -> Tensor:
         return self._combine(self.table, Z, precision=self._precision)
+
+    def materialize(self, out: Tensor | None = None) -> Tensor:
+        return self._materialize(self.table, out, precision=self._precision)

@@ -6,8 +6,7 @@ is at most 1 where the unwanted part of the spectrum lies, and grows fastest bey
 fewer products, but a basis of 4 to 6 blocks whose eigenproblem has to be solved whole; here all small problems have
 k + 16 columns, which is what a GPU can do for hundreds of layers at a time.
 
-It runs in R dimensions, as core.py does and with its notation: the operator is M·G, self-adjoint in the inner product
-xᵀGy. Its products stay float32: entries of the Grams rounded to bfloat16 (2⁻⁹) hide every σ below σ₁/20.
+It iterates on a ``cores.Core``: in R dimensions on two Grams, or on ΔW itself.
 
 Nothing here depends on a value: layers take the same steps, and what went wrong with one is read at the end from
 its numbers. Such layers are solved again, by more steps or by the solvers that look (``solve``).
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.backends import small
-from flexlora_fast.backends.group import Group
+from flexlora_fast.lowrank.cores import Core
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.krylov import estimate
 from flexlora_fast.lowrank.plan import degrees
@@ -51,7 +50,7 @@ class Found:
         U (L, m, k), V (L, n, k) float32, orthonormal, signs canonical. S (L, k) float64, descending.
         report: (L, 7) float64: energy, captured at the last three Rayleigh-Ritz steps, captured by S, whether
             the numbers left their range or a Cholesky factor of these steps had to be shifted, largest skew of U and V.
-        products: multiplications by the operator.
+        products: multiplications by the operator. solver: the name of results.
     """
 
     U: Tensor
@@ -59,35 +58,12 @@ class Found:
     V: Tensor
     report: Tensor
     products: int
+    solver: str
 
 
 def takes(R: int, m: int, n: int, k: int) -> bool:
     """Whether a layer has the columns for it: k and more on the way, and a part of the spectrum beyond."""
     return min(R, m, n) >= k + 2 * OVERSAMPLING
-
-
-class Core:
-    """The eigenproblem of L layers in R dimensions.
-
-    G (unit diagonal) and M (L, W, W) float32; ``energy`` = ⟨M, G⟩ = ‖ΔW‖_F² (L,) float64; ``out_of_range`` (L,) bool.
-    """
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-        self.G, self.M = group.gram()
-        self._norms, self.out_of_range, self.energy = small.scale_grams(self.G, self.M, group.d)
-
-    def image(self, X: Tensor) -> Tensor:
-        """G·X for X (L, W, l)."""
-        return self.G @ X
-
-    def apply(self, H: Tensor) -> Tensor:
-        """M·H: the operator on what H = G·X is the image of."""
-        return self.M @ H
-
-    def left(self, X: Tensor) -> Tensor:
-        """P̂·X (L, m, l): the left vectors that X stands for."""
-        return self.group.combine(X / self._norms.unsqueeze(2))
 
 
 def leading_triplets(core: Core, k: int, addresses: Sequence[tuple[int, int]], schedule: Sequence[int]) -> Found:
@@ -96,9 +72,8 @@ def leading_triplets(core: Core, k: int, addresses: Sequence[tuple[int, int]], s
     Args:
         addresses: of each layer's random start, as ``random.signs_of`` takes them.
     """
-    size = core.G.shape[1]
-    width = min(size, k + OVERSAMPLING)
-    X = signs_of(addresses, size, width, device=core.energy.device)
+    width = min(core.size, k + OVERSAMPLING)
+    X = signs_of(addresses, core.size, width, device=core.energy.device)
     X = _conditioned(X, core.image(X))
     for _ in range(_POWERS):
         X = core.apply(core.image(X))
@@ -114,16 +89,16 @@ def leading_triplets(core: Core, k: int, addresses: Sequence[tuple[int, int]], s
     poor = torch.stack([shifts[0], *shifts[-3:], shifted]).any(dim=0)
     skew = torch.maximum(_skew(U), _skew(V))
     report = torch.stack([core.energy, *captured[-3:], S.square().sum(dim=1), poor.double(), skew], dim=1)
-    return Found(*_signed(U, V, S), report, _POWERS + sum(schedule) + 1)
+    return Found(*_signed(U, V, S), report, _POWERS + sum(schedule) + 1, core.solver)
 
 
-def launch(group: Group, addresses: Sequence[tuple[int, int]], k: int, tol: float, more: int = 0) -> Found:
-    """Have the device begin with the k leading triplets of layers that it ``takes``, all of a group.
+def launch(core: Core, addresses: Sequence[tuple[int, int]], k: int, tol: float, more: int = 0) -> Found:
+    """Have the device begin with the k leading triplets of layers that it ``takes``.
 
     Args:
         addresses: as ``leading_triplets`` takes them. more: filters beyond those that ``tol`` usually takes.
     """
-    return leading_triplets(Core(group), k, addresses, degrees(tol, more))
+    return leading_triplets(core, k, addresses, degrees(tol, more))
 
 
 def collected(found: Found, batches: Sequence[int], tol: float) -> list[Factorization | None]:
@@ -147,7 +122,7 @@ def collected(found: Found, batches: Sequence[int], tol: float) -> list[Factoriz
 def _result(found: Found, report: Tensor, S: Tensor, excess: Tensor, part: slice) -> Factorization:
     energy = torch.maximum(report[part, 0], S[part].square().sum(dim=1))
     return Factorization(
-        found.U[part], S[part].clone(), found.V[part], energy, "filtered", found.products, float(excess[part].max())
+        found.U[part], S[part].clone(), found.V[part], energy, found.solver, found.products, float(excess[part].max())
     )
 
 
@@ -217,7 +192,7 @@ def _last_pass(core: Core, left: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor
     """Rayleigh-Ritz with ΔW itself on the span of ``left``: U, S, V and whether a Cholesky factor was shifted."""
     turn, first = small.whiten(small.gram64(left, left))
     U = left @ turn.float()
-    W = core.group.project_t(U)
+    W = core.project_t(U)
     # U is orthonormal to float32 rounding only, which would bias the Ritz values (see core._last_pass).
     values, rotation, second = small.ritz(small.gram64(U, U), small.gram64(W, W))
     S, rotation = values[:, :k].clamp_min(0).sqrt(), rotation[:, :, :k]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flexlora_fast.backends import groups
-from flexlora_fast.backends.group import Group
 from flexlora_fast.lowrank import filtered
+from flexlora_fast.lowrank.cores import Core, Grams
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.plan import FLOAT32_TOL
 from flexlora_fast.lowrank.random import stream
@@ -16,10 +16,24 @@ from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.stack import Stack
 
 
-class Layers(Protocol):
-    """Layers of one shape (m, n), by their place: what all are made of at once, or one of them as a stack.
+@dataclass(frozen=True)
+class How:
+    """What solvers are told beside the rank; ``names`` are those of the layers, for random addresses and errors.
 
-    ``ranks``: R of each. ``batches``: matrices of each (experts, or 1).
+    ``certificate``: what a layer that is solved alone has; in groups ‖ΔW‖_F² is computed in any case.
+    """
+
+    tol: float
+    seed: int
+    names: Sequence[str]
+    certificate: str = "exact"
+
+
+class Layers(Protocol):
+    """Layers of one shape (m, n), by their place.
+
+    ``ranks``: R of each. ``batches``: matrices of each (experts, or 1). ``core``: what several of them are solved by
+    together. ``alone``: one of them solved by itself, by solvers that look at what they do.
     """
 
     @property
@@ -34,9 +48,9 @@ class Layers(Protocol):
     @property
     def batches(self) -> Sequence[int]: ...
 
-    def group(self, places: Sequence[int]) -> Group: ...
+    def core(self, places: Sequence[int]) -> Core: ...
 
-    def stack(self, place: int) -> Stack: ...
+    def alone(self, place: int, rank: int, how: How) -> Factorization: ...
 
 
 @dataclass(frozen=True)
@@ -61,42 +75,39 @@ class Stacks:
     def batches(self) -> list[int]:
         return [stack.batch for stack in self.stacks]
 
-    def group(self, places: Sequence[int]) -> Group:
-        return groups.of([self.stacks[i] for i in places])
+    def core(self, places: Sequence[int]) -> Core:
+        return Grams(groups.of([self.stacks[i] for i in places]))
 
-    def stack(self, place: int) -> Stack:
-        return self.stacks[place]
+    def alone(self, place: int, rank: int, how: How) -> Factorization:
+        return alone(self.stacks[place], place, rank, how)
 
 
-def solve_group(
-    layers: Layers, rank: int, *, tol: float, seed: int, names: Sequence[str], certificate: str = "exact"
-) -> list[Factorization]:
+def alone(stack: Stack, place: int, rank: int, how: How) -> Factorization:
+    """``solve`` for the stack of the layer at this place."""
+    return solve(stack, rank, tol=how.tol, seed=how.seed, name=how.names[place], certificate=how.certificate)
+
+
+def solve_group(layers: Layers, rank: int, how: How) -> list[Factorization]:
     """``begin_group``, and its results."""
-    return begin_group(layers, rank, tol=tol, seed=seed, names=names, certificate=certificate)()
+    return begin_group(layers, rank, how)()
 
 
-def begin_group(
-    layers: Layers, rank: int, *, tol: float, seed: int, names: Sequence[str], certificate: str = "exact"
-) -> Callable[[], list[Factorization]]:
+def begin_group(layers: Layers, rank: int, how: How) -> Callable[[], list[Factorization]]:
     """Begin with the best rank-``rank`` approximations of layers of one shape; what is returned waits for them.
 
     All go through ``filtered`` together, on the device of their factors, and come as ``solve`` gives them for one.
-    Layers whose numbers do not prove them good go through it once more with longer filters, and then one by one to
-    ``solve``, whose solvers look at what they do: the result names them.
-
-    Args:
-        names: of the layers, for random addresses and errors.
-        certificate: what such a single layer is solved with; here ‖ΔW‖_F² is computed in any case.
+    Layers whose numbers do not prove them good go through it once more with longer filters, and then each alone: the
+    result names the solver.
 
     What is returned raises AdapterError: a factor is not finite, or ΔW is too large for float32.
     """
-    tol = max(tol, FLOAT32_TOL)
+    tol = max(how.tol, FLOAT32_TOL)
     k = min(rank, layers.m, layers.n)
-    keys = [stream(seed, name) for name in names]
+    keys = [stream(how.seed, name) for name in how.names]
 
     def launch(places: Sequence[int], more: int) -> filtered.Found:
         addresses = [(keys[i], b) for i in places for b in range(layers.batches[i])]
-        return filtered.launch(layers.group(places), addresses, k, tol, more)
+        return filtered.launch(layers.core(places), addresses, k, tol, more)
 
     # Fewer columns than the iteration needs have an eigenproblem of their own size.
     able = [i for i, R in enumerate(layers.ranks) if filtered.takes(R, layers.m, layers.n, k)]
@@ -109,10 +120,7 @@ def begin_group(
         for more in filtered.MORE[1:]:
             if left := [i for i in able if i not in found]:
                 found |= _collected(launch(left, more), layers, left, tol)
-        return [
-            found.get(i) or solve(layers.stack(i), rank, tol=tol, seed=seed, name=name, certificate=certificate)
-            for i, name in enumerate(names)
-        ]
+        return [found.get(i) or layers.alone(i, rank, how) for i in range(len(layers.ranks))]
 
     return results
 

@@ -97,7 +97,6 @@ def seconds(shape: Shape, c: Constants) -> dict[str, float]:
     large = c.gemm16 if shape.sixteen else c.gemm32
     convert = 3 * 12 * (m + n) * R / c.bytes_per_second
     dense64 = 2 * m * n * R / c.gemm64 + convert
-    form = 2 * m * n * R / large + 8 * m * n / c.bytes_per_second
     grams = (m + n) * R**2 * _DIAGONAL / large
     energy = 4.0 * (m + n) * R * 32 / c.thin32  # a block of probes
     if shape.certificate == "exact":
@@ -113,7 +112,7 @@ def seconds(shape: Shape, c: Constants) -> dict[str, float]:
         "filtered": grams + 24 * R**2 / c.bytes_per_second + _filtered(shape, c),
         "factored": energy + factor_loop,
         "subspace": energy + power,
-        "dense": form + dense_loop,
+        "dense": _form(shape, c) + dense_loop,
         "svd": dense64 + c.svd64 * long * s**2,
     }
     return {name: shape.batch * cost for name, cost in costs.items()}
@@ -124,6 +123,12 @@ def seconds(shape: Shape, c: Constants) -> dict[str, float]:
 _TABLES = 0.6
 # A Gram's triangle is computed in blocks: this much of half the products.
 _DIAGONAL = 1.08
+
+
+def _form(shape: Shape, c: Constants) -> float:
+    """Seconds of forming ΔW in float32."""
+    large = c.gemm16 if shape.sixteen else c.gemm32
+    return 2 * shape.m * shape.n * max(shape.R, 1) / large + 8 * shape.m * shape.n / c.bytes_per_second
 
 
 def _gram(shape: Shape, c: Constants, dense64: float, convert: float) -> float:
@@ -151,11 +156,22 @@ def _core(shape: Shape, c: Constants) -> float:
 
 def _filtered(shape: Shape, c: Constants) -> float:
     """Seconds a layer of filtered subspace iteration behind its Grams; a group shares the overhead of its calls."""
-    m, n, R, width = shape.m, shape.n, max(shape.R, 1), shape.k + 16
-    products = 2 + sum(degrees(shape.tol)) + 1
-    loop = products * max(4.0 * R**2 * width / c.thin32, 8 * R**2 / c.bytes_per_second)
-    last = (4 * m + 2 * n) * R * width / c.thin32 + 8 * (m + n) * width**2 / c.gemm64
-    return loop + last + 5 * c.eigh64 * width**3
+    m, n, R = shape.m, shape.n, max(shape.R, 1)
+    return _filters(shape, c, product=4.0 * R**2, nbytes=8.0 * R**2, last=(4.0 * m + 2 * n) * R)
+
+
+def _filtered_dense(shape: Shape, c: Constants) -> float:
+    """The same on ΔW, once that is formed."""
+    mn = float(shape.m * shape.n)
+    return _filters(shape, c, product=4 * mn, nbytes=8 * mn, last=4 * mn)
+
+
+def _filters(shape: Shape, c: Constants, *, product: float, nbytes: float, last: float) -> float:
+    """``product`` and ``last``: flops a column of one multiplication by the operator, and of the last pass."""
+    width = shape.k + 16
+    loop = (2 + sum(degrees(shape.tol)) + 1) * max(product * width / c.thin32, nbytes / c.bytes_per_second)
+    end = last * width / c.thin32 + 8 * (shape.m + shape.n) * width**2 / c.gemm64
+    return loop + end + 5 * c.eigh64 * width**3
 
 
 def degrees(tol: float, more: int = 0) -> tuple[int, ...]:
@@ -193,11 +209,14 @@ def _krylov(shape: Shape, c: Constants, *, product: float, side: int, long: int,
 def choose(shape: Shape, constants: Constants | None = None, *, grouped: bool = False) -> str:
     """The solver expected to be fastest while keeping the promise of ``tol``.
 
-    ``grouped``: other layers of this shape can be solved together with it, which is what "filtered" is for.
+    ``grouped``: other layers of this shape can be solved together with it, by "filtered" or as dense ΔW.
     """
-    costs = seconds(shape, constants or default_constants())
+    c = constants or default_constants()
+    costs = seconds(shape, c)
     if not grouped or shape.tol < FLOAT32_TOL:
         del costs["filtered"]
+    else:
+        costs["dense"] = min(costs["dense"], shape.batch * (_form(shape, c) + _filtered_dense(shape, c)))
     rank = min(shape.R, shape.short)
     # Nothing to iterate on where most of the spectrum is kept, or where float32 products cannot resolve tol.
     if shape.tol < FLOAT32_TOL or 2 * shape.k >= rank:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flexlora_fast.backends.transfer import moved
+
 # splitmix64's increment and multipliers as signed 64-bit integers (torch has no unsigned arithmetic to speak of).
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -56,7 +58,8 @@ def signs_of(
     torch.Size([1, 2, 3])
     """
     words = -(-cols // 64)
-    key, b = torch.tensor(list(addresses), dtype=torch.int64).reshape(-1, 2).to(device).unsqueeze(2).unbind(dim=1)
+    places = torch.tensor(list(addresses), dtype=torch.int64).reshape(-1, 2)
+    key, b = (places if device is None else moved(places, device)).unsqueeze(2).unbind(dim=1)
     row = ((b << 32) + torch.arange(rows, device=device)) ^ key  # (addresses, rows)
     word = torch.arange(words, dtype=torch.int64, device=device)
     # Two rounds: the first decorrelates the key and row from the word, so that streams cannot run into each other.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from flexlora_fast import threads
 from flexlora_fast.backends import groups
 from flexlora_fast.errors import AdapterError, OptionError
 from flexlora_fast.lowrank import filtered, plan
 from flexlora_fast.lowrank.core import Unresolved, solve_krylov
+from flexlora_fast.lowrank.cores import Grams
 from flexlora_fast.lowrank.dense import solve_dense, solve_svd
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.gram import solve_gram
@@ -20,6 +22,8 @@ from flexlora_fast.stack import Block, Stack
 
 # Factors whose entries leave this range are rescaled first: their product could overflow or vanish in float32.
 _RANGE = (1e-9, 1e9)
+# And where their products with the coefficients leave this one: the squares of ΔW could.
+_SUMS = (1e-14, 1e14)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 # Layers predicted to take less, which is a few milliseconds with the overhead of calls, gain at most a seventh from a
 # second thread (2048², R = 128: 4.9 ms against 5.6) and lose 8 ms where it sleeps (384², R = 76: 3.4 against 11.8).
@@ -89,7 +93,8 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float, certifica
         return solve_gram(stack, k, key)
     if solver == "filtered":
         for more in filtered.MORE if filtered.takes(stack.R, stack.m, stack.n, k) else ():
-            found = filtered.launch(groups.of([stack]), [(key, b) for b in range(stack.batch)], k, tol, more)
+            core = Grams(groups.of([stack]))
+            found = filtered.launch(core, [(key, b) for b in range(stack.batch)], k, tol, more)
             (result,) = filtered.collected(found, [stack.batch], tol)
             if result is not None:
                 return result
@@ -109,11 +114,22 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float, certifica
 def in_range(stack: Stack, name: str) -> bool:
     """Whether float32 products of the factors stay in its range. Raises ``AdapterError`` for NaN and infinities."""
     low, high = _RANGE
-    extremes = [torch.aminmax(X) for block in stack.blocks for X in (block.B, block.A)]
-    largest = [max(-float(x.min), float(x.max)) for x in extremes]
-    if not all(x <= _FLOAT32_MAX for x in largest):  # an iteration on NaN never converges, and never ends
+    largest = [[_largest(block.B), _largest(block.A), float(block.d.abs().max())] for block in stack.blocks]
+    if not all(x <= _FLOAT32_MAX for B, A, _ in largest for x in (B, A)):  # an iteration on NaN never ends
         raise AdapterError("a factor holds NaN, Inf or values beyond float32; refuse its client", layer=name)
-    return all(low < x < high for x in largest if x > 0) and all(x < high for x in stack.d.abs().tolist())
+    small, large = _SUMS
+    sums = [B * A * d for B, A, d in largest]
+    return (
+        all(low < x < high for B, A, _ in largest for x in (B, A) if x > 0)
+        and all(d < high for *_, d in largest)
+        and small < max(sums, default=1.0) < large
+    )
+
+
+def _largest(X: Tensor) -> float:
+    """max |x|; NaN where an entry is."""
+    extremes = torch.aminmax(X)
+    return float(torch.maximum(-extremes.min, extremes.max))
 
 
 def _rescaled(stack: Stack, name: str) -> tuple[Stack, float]:

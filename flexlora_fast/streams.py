@@ -1,0 +1,126 @@
+"""What moving bytes to a device needs of it: memory to copy from, streams that copy, and events that tell when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_COPIERS = 2  # streams: while one copy ends the next has begun
+
+
+class Event(Protocol):
+    """A point in a stream's work; one that was never recorded counts as reached."""
+
+    def query(self) -> bool:
+        """Whether the stream has got there."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until it has, without the GIL."""
+        ...
+
+
+class Device(Protocol):
+    """Where bytes go to. ``streams`` copy, each in the order of what it is given."""
+
+    device: torch.device
+    streams: Sequence[Any]
+
+    def host(self, nbytes: int) -> Tensor:
+        """Host memory that copies can be made from while the host does something else: uint8."""
+        ...
+
+    def memory(self, nbytes: int) -> Tensor:
+        """Memory of the device, uint8, which the streams may write to."""
+        ...
+
+    def event(self) -> Event:
+        """A new one."""
+        ...
+
+    def copy(self, target: Tensor, source: Tensor, stream: Any) -> None:
+        """Have a stream copy from ``host`` memory to ``memory``."""
+        ...
+
+    def record(self, event: Event, stream: Any | None) -> None:
+        """Put the event behind what a stream (None: the current one of the calling thread) was given so far."""
+        ...
+
+    def follow(self, event: Event) -> None:
+        """Have the current stream of the calling thread wait for the event; the host does not."""
+        ...
+
+
+def device_of(device: torch.device | str) -> Device:
+    """The ``Device`` of a torch device."""
+    device = torch.device(device)
+    return Cuda(device) if device.type == "cuda" else Host(device)
+
+
+class Cuda:
+    """A CUDA GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.streams: Sequence[Any] = [torch.cuda.Stream(device) for _ in range(_COPIERS)]
+
+    def host(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def memory(self, nbytes: int) -> Tensor:
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        for stream in self.streams:  # the memory may be another's until the current stream gets here
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        return memory
+
+    def event(self) -> Event:
+        # Not the kind that spins: the core is better used for reading.
+        event: Event = torch.cuda.Event(blocking=True)
+        return event
+
+    def copy(self, target: Tensor, source: Tensor, stream: Any) -> None:
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+
+    def record(self, event: Any, stream: Any | None) -> None:
+        event.record(torch.cuda.current_stream(self.device) if stream is None else stream)
+
+    def follow(self, event: Any) -> None:
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+
+class Host:
+    """The CPU itself: everything is done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.streams: Sequence[Any] = [None] * _COPIERS
+
+    def host(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def memory(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def event(self) -> Event:
+        return _Reached()
+
+    def copy(self, target: Tensor, source: Tensor, stream: Any) -> None:
+        target.copy_(source)
+
+    def record(self, event: Event, stream: Any | None) -> None:
+        """Nothing is left to be done."""
+
+    def follow(self, event: Event) -> None:
+        """Nothing is left to be waited for."""
+
+
+class _Reached:
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        """It has been reached."""
