@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +176,14 @@ def test_long_batches_are_scaled_from_a_sample(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_extension_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.of_extension("jacobi_eigh", "cpu") == NEEDS_GPU
-    monkeypatch.setattr(ops, "CUDA", "flexlora_fast.backends.nowhere")
+    monkeypatch.setattr(ops, "LAUNCHER", "flexlora_fast.backends.nowhere")
     assert ops.of_extension("jacobi_eigh", "cuda") == "there is no flexlora_fast.backends.nowhere"
     monkeypatch.setattr(ops, "CUDA", "flexlora_fast.backends.small")
+    monkeypatch.setattr(ops, "extension_obstacle", lambda device: None)
     assert ops.of_extension("jacobi_eigh", "cuda") == "flexlora_fast.backends.small has no jacobi_eigh"
     assert callable(ops.of_extension("whiten", "cuda"))
-    broken = types.SimpleNamespace(obstacle=lambda: "built without nvcc", jacobi_eigh=print)
-    monkeypatch.setattr(ops.importlib, "import_module", lambda name: broken)
-    assert ops.of_extension("jacobi_eigh", "cuda") == "built without nvcc"
+    monkeypatch.setattr(ops, "extension_obstacle", lambda device: "built without nvcc")
+    assert ops.of_extension("whiten", "cuda") == "built without nvcc"
 
 
 def test_the_engine_streams_through_the_limit_that_it_is_given() -> None:

@@ -44,9 +44,11 @@ SMALL = (
 )
 # The names of the kernels, for profilers.
 KERNELS = ("contract_kernel", "combine_kernel", "gram_kernel", "materialize_kernel", "pack_kernel", "sum_parts_kernel")
+# What the names of the CUDA kernels begin with.
+CUDA_KERNELS = "flexlora_"
 
-# The backend over the CUDA extension, whose functions are looked up by name: it may not be there.
-CUDA = "flexlora_fast.backends.cuda"
+# The CUDA kernels' host functions, looked up by name since they may not be there, and what says whether they can run.
+CUDA, LAUNCHER = "flexlora_fast.backends.cuda", "flexlora_fast.backends.launcher"
 # The eigensolver that takes one matrix after the other.
 TORCH_EIGH = "torch.linalg.eigh"
 
@@ -231,10 +233,8 @@ def extension_obstacle(device: str) -> str | None:
     """Why the CUDA extension cannot be called here; None if it can."""
     if not device.startswith("cuda"):
         return NEEDS_GPU
-    if importlib.util.find_spec(CUDA) is None:
-        return f"there is no {CUDA}"
-    obstacle: Callable[[], str | None] = getattr(importlib.import_module(CUDA), "obstacle", lambda: None)
-    return obstacle()
+    obstacle = _function(LAUNCHER, "obstacle")
+    return f"there is no {LAUNCHER}" if obstacle is None else obstacle()
 
 
 def of_extension(name: str, device: str) -> Found:
