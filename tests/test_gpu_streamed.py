@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 from benchmarks import models
 from benchmarks.gpu import ops, sizes, solvers, streamed, timeline
-from benchmarks.gpu.stage import NEEDS_GPU, Report
+from benchmarks.gpu.stage import NEEDS_GPU, Options, Report
+from benchmarks.gpu.table import PICTURE
 from benchmarks.gpu.timeline import IN, KERNEL, OUT, Span
 
 
@@ -133,6 +135,36 @@ def test_a_larger_round_is_predicted_by_its_bytes(tmp_path: Path) -> None:
     row = {"bytes": small[1].bytes, "take_in_seconds": 1.0, "first_seconds": 20.0, "seconds": 0.2}
     report["rounds"] = {small[0]: row}
     assert streamed.predicted(report, small[0], large[1]) == pytest.approx(14.0)
+
+
+def test_the_timeline_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU's part in it made up: the round, and the trace of its second run."""
+    asked: list[tuple[int, str, int]] = []
+
+    def prepared(sources: Any, weights: Any, k: int, device: str, limit: int, read: str) -> Any:
+        asked.append((len(sources), device, len(sources[0].layers)))
+        return lambda: None
+
+    monkeypatch.setattr(ops, "streamed_round", prepared)
+    monkeypatch.setattr(timeline, "recorded", lambda call: (call(), TRACE)[1])
+    round_ = list(sizes.streamed(quick=True).values())[1]
+    report = Report(tmp_path / "streamed.json")
+    options = Options("cuda", True, 60, tmp_path / "streamed.json")
+    streamed.measure_timeline(round_, streamed.drawn(round_, 2, "cpu"), options, report)
+    assert asked == [(20, "cuda", 7)]
+    about = json.loads((tmp_path / "streamed.json").read_text())["timeline"]
+    assert about["picture"] == PICTURE and (tmp_path / PICTURE).stat().st_size > 5000
+    assert about["copies_overlapped"] == pytest.approx(0.5) and about["streams"][IN] == 2
+
+
+def test_what_would_outlast_the_stage_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "predicted", lambda report, small, large: 500.0)
+    report = Report(tmp_path / "streamed.json")
+    streamed.measure(Options("cpu", True, 60, tmp_path / "streamed.json"), report)
+    assert list(report["rounds"]) == ["6 x r4", "6 x r4, files"] and "timeline" not in report
+    assert list(report["not_run"]) == ["timeline", "20 x r4"]
+    assert all(why.startswith("predicted 500 s, ") for why in report["not_run"].values())
+    assert "errors" not in report
 
 
 # -- small problems ---

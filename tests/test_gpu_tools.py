@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import ncu, sanitize, tools
+from benchmarks.gpu.stage import Options, Report
 
 NCU = '''\
 ==PROF== Connected to process 4242 (/usr/bin/python3.12)
@@ -106,6 +108,39 @@ def test_racecheck_is_read() -> None:
 def test_what_a_tool_says_against_the_kernels(output: str, code: int | None, cases: int, words: str | None) -> None:
     found = sanitize.wrong("racecheck", tools.Ran(code, output), cases)
     assert found is words is None or (found is not None and words is not None and found.startswith(words))
+
+
+SANITIZER = """\
+#!{python}
+import sys
+tool = sys.argv[sys.argv.index("--tool") + 1]
+print("case 1: x")
+print({{"memcheck": "========= ERROR SUMMARY: 0 errors", "racecheck": "========= {races}"}}[tool])
+sys.exit({code} if tool == "racecheck" else 0)
+"""
+
+
+@pytest.mark.parametrize("races", [0, 2])
+def test_both_tools_look_at_the_kernels(races: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the tool nor the kernels are there: both are made up."""
+    summary = f"RACECHECK SUMMARY: {races} hazards displayed ({races} errors, 0 warnings)"
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER.format(python=sys.executable, races=summary, code=99 if races else 0))
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitize.ops, "kernels_obstacle", lambda: None)
+    monkeypatch.setattr(sanitize.ops, "extension_ops", lambda device, *size: {})
+    monkeypatch.setattr(sanitize.ops, "extension_obstacle", lambda device: "built without nvcc")
+    monkeypatch.setattr(sanitize, "run_cases", lambda device: 1)
+    monkeypatch.setattr(tools, "find", lambda name: str(tool))
+    report = Report(tmp_path / "sanitize.json")
+    options = Options("cuda", False, 60, tmp_path / "sanitize.json")
+    if races:
+        with pytest.raises(SystemExit, match=r"^racecheck: 2 errors, exit code 99"):
+            sanitize.measure(options, report)
+    else:
+        sanitize.measure(options, report)
+    assert report["memcheck"] == {"errors": 0, "first": [], "cases": 1, "code": 0}
+    assert report["racecheck"]["errors"] == races and report["extension"] == "built without nvcc"
 
 
 def test_a_tool_is_ended_at_its_time() -> None:
