@@ -11,6 +11,9 @@
 #include "cpu/gather.h"
 #include "cpu/matmul.h"
 #include "cpu/require.h"
+#include "cuda/host.h"
+#include "cuda/launch_bindings.h"
+#include "cuda/signs_host.h"
 
 namespace py = pybind11;
 using flexlora::cpu::Precision;
@@ -90,4 +93,12 @@ descriptor, start, nbytes, target: (N,) int64. A range comes from byte start of 
 address start where descriptor is -1, and goes to byte target of out (contiguous uint8 on the CPU).
 Returns None, or the first range that could not be read and its errno (0: its file ends too early).
 Raises ValueError before anything is read where a range does not fit out.)doc");
+    py::module_ emulated = m.def_submodule("emulated");
+    flexlora::host::bind(emulated);
+    emulated.def("signs", &flexlora::host::signs, py::arg("addresses"), py::arg("rows"), py::arg("cols"),
+                 "addresses (count, 2) int64 -> (count, rows, cols) float32.");
+    flexlora::cuda::bind_slots(emulated);
+#ifdef FLEXLORA_WITH_CUDA
+    flexlora::cuda::bind(m.def_submodule("cuda"));
+#endif
 }

@@ -150,6 +150,28 @@ def _describe_gpu(index: int) -> str:
     return f"cuda:{index} {torch.cuda.get_device_name(index)} (sm_{major}{minor}, {memory})"
 
 
+def _cuda_kernels(name: str) -> Check:
+    """Which way the kernels of csrc/cuda are reached, and why not by a better one."""
+    import torch
+
+    from flexlora_fast import _native
+    from flexlora_fast.backends import launcher
+
+    info = _native.build_info()
+    absent = launcher.not_compiled()
+    built = f"compiled with CUDA {info.get('cuda_release')} for {', '.join(info.get('cuda_architectures', []))}"
+    built = built if absent is None else f"not compiled: {absent}"
+    if not torch.cuda.is_available():
+        return Check(name, "absent", f"{built}; torch sees no GPU", "nothing to do: rounds run on the CPU")
+    if launcher.path() == "compiled":
+        return Check(name, "ok", built)
+    remedy = f"optional: {launcher.REMEDY}"
+    if launcher.path() is not None:
+        return Check(name, "ok", f"{launcher.path()}, since {launcher.detours()}", remedy)
+    # What was built for this machine and does not run there is broken; what was never built is only missing.
+    return Check(name, "absent" if absent else "broken", f"none: {launcher.detours()}", remedy)
+
+
 def _gpu_round(name: str) -> Check:
     """Which paths a round on the GPU takes, and why not faster ones."""
     import torch
@@ -240,6 +262,7 @@ _PROBES: dict[str, Callable[[str], Check]] = {
     "extension": _extension,
     "cuda toolkit": _toolkit,
     "gpu": _gpu,
+    "cuda kernels": _cuda_kernels,
     "gpu round": _gpu_round,
     "memory": _memory,
     "safetensors": _package("adapters are read with it", "pip install safetensors"),

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from flexlora_fast.backends import groups
 from flexlora_fast.backends.group import Group
-from flexlora_fast.lowrank.cores import Core, Dense, Grams
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.grouped import How, Layers, Stacks, alone, begin_group
 from flexlora_fast.precision import full_precision
@@ -127,11 +126,11 @@ class Summed:
     def n(self) -> int:
         return self.D.shape[2]
 
-    def core(self, places: Sequence[int]) -> Core:
+    def operand(self, places: Sequence[int]) -> Tensor:
         if len(places) == len(self.batches):
-            return Dense(self.D)
+            return self.D
         parts = self.D.split(list(self.batches))
-        return Dense(torch.cat([parts[i] for i in places]))
+        return torch.cat([parts[i] for i in places])
 
     def alone(self, place: int, rank: int, how: How) -> Factorization:
         return self.again(place)
@@ -162,8 +161,8 @@ class Tabled:
     def batches(self) -> list[int]:
         return [1] * len(self.ranks)
 
-    def core(self, places: Sequence[int]) -> Core:
-        return Grams(self.group(None if len(places) == len(self.ranks) else places))
+    def operand(self, places: Sequence[int]) -> Group:
+        return self.group(None if len(places) == len(self.ranks) else places)
 
     def alone(self, place: int, rank: int, how: How) -> Factorization:
         return alone(self.usual(place), place, rank, how)

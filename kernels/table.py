@@ -7,7 +7,8 @@ clients; entry (i, c) of P lies at ``P.address[c] + i·P.stride[c]`` (counted in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -141,6 +142,24 @@ class Table:
     def side(self, name: Literal["P", "Q"]) -> Side:
         """P or Q by name."""
         return self.P if name == "P" else self.Q
+
+    def signature(self) -> Hashable:
+        """Equal for tables that differ in ``inputs`` alone: kernels are launched with the same other arguments."""
+        sides = [(x.dtype, x.run, x.bytes, x.wide) for x in (self.P, self.Q)]
+        return self.m, self.n, self.ranks, self.device, *sides
+
+    def inputs(self) -> list[Tensor]:
+        """The tensors that kernels read."""
+        return [self.offsets, self.d, self.P.address, self.P.stride, self.Q.address, self.Q.stride]
+
+    def copied(self) -> Table:
+        """The same with copies of ``inputs``, for others to be put there; it keeps no factors alive."""
+        table = object.__new__(Table)
+        table.__dict__.update(self.__dict__, _kept=None)
+        table.offsets, table.d, p, p_stride, q, q_stride = (X.clone() for X in self.inputs())
+        table.P = dataclasses.replace(self.P, address=p, stride=p_stride)
+        table.Q = dataclasses.replace(self.Q, address=q, stride=q_stride)
+        return table
 
     def groups(self, size: int) -> Iterator[tuple[slice, Table]]:
         """This table in groups of ``size`` layers; columns and W stay those of the whole."""

@@ -13,8 +13,8 @@ from flexlora_fast import _native, doctor
 from flexlora_fast.doctor import Check
 
 NAMES = [
-    "python", "torch", "threads", "cpu", "extension", "cuda toolkit", "gpu", "gpu round", "memory",
-    "safetensors", "triton", "cupy", "peft", "transformers", "flwr", "nvflare",
+    "python", "torch", "threads", "cpu", "extension", "cuda toolkit", "gpu", "cuda kernels", "gpu round",
+    "memory", "safetensors", "triton", "cupy", "peft", "transformers", "flwr", "nvflare",
 ]  # fmt: skip
 
 

@@ -13,7 +13,6 @@ import flexlora_fast as ff
 from flexlora_fast.backends.group import Packed
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.lowrank import filtered, plan
-from flexlora_fast.lowrank.cores import Core, Dense, Grams
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.grouped import How, Stacks, solve_group
 from flexlora_fast.lowrank.solve import solve
@@ -45,8 +44,8 @@ def group(batch: int = 1, m: int = 210, n: int = 170) -> tuple[list[Stack], list
 class Summed(Stacks):
     """The same layers, solved on their dense ΔW."""
 
-    def core(self, places: Sequence[int]) -> Dense:
-        return Dense(Packed([self.stacks[i] for i in places]).materialize())
+    def operand(self, places: Sequence[int]) -> torch.Tensor:
+        return Packed([self.stacks[i] for i in places]).materialize()
 
 
 KINDS = {"filtered": Stacks, "dense": Summed}
@@ -202,13 +201,13 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("core", [Grams, lambda packed: Dense(packed.materialize())], ids=["filtered", "dense"])
-def test_nothing_is_waited_for_before_the_end(core: Callable[[Packed], Core]) -> None:
+@pytest.mark.parametrize("operand", [lambda packed: packed, Packed.materialize], ids=["filtered", "dense"])
+def test_nothing_is_waited_for_before_the_end(operand: Callable[[Packed], Any]) -> None:
     stacks, _ = group()
     with full_precision():
         packed = Packed(stacks)
         with _Waits():
-            found = filtered.leading_triplets(core(packed), K, [(i, 0) for i in range(len(stacks))], plan.degrees(1e-3))
+            found = filtered.launch(operand(packed), [(i, 0) for i in range(len(stacks))], K, 1e-3)
         with pytest.raises(AssertionError, match="_local_scalar_dense"), _Waits():
             float(found.report[0, 0])
     assert bool(filtered.judged(found.report, 1e-3)[1].any())

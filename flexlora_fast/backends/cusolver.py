@@ -20,6 +20,7 @@ _REAL64 = 1  # CUDA_R_64F
 _VECTORS = 1  # CUSOLVER_EIG_MODE_VECTOR
 _LOWER = 0  # CUBLAS_FILL_MODE_LOWER
 _handles = threading.local()
+_recorded: list[object] = []
 
 
 @functools.cache
@@ -75,6 +76,8 @@ def eigh(C: Tensor) -> tuple[Tensor, Tensor]:
         _check("cusolverDnXsyevBatched_bufferSize", status)
         work = torch.empty(max(device_bytes.value, 1), dtype=torch.uint8, device=C.device)
         host = ctypes.create_string_buffer(max(host_bytes.value, 1))
+        if torch.cuda.is_current_stream_capturing():
+            _recorded.append(host)  # a graph may read it each time it is replayed
         status = library.cusolverDnXsyevBatched(
             *problem, _REAL64, _pointer(work), device_bytes, host, host_bytes, _pointer(info), size(b)
         )

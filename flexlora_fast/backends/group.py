@@ -6,7 +6,8 @@ widest layer (W), with zero columns behind a layer's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -47,6 +48,18 @@ class Group(Protocol):
         """ΔW (L, m, n) float32, or ``out`` with it added."""
         ...
 
+    def signature(self) -> Hashable:
+        """Equal for groups that differ in ``inputs`` alone: the same kernels run with the same other arguments."""
+        ...
+
+    def inputs(self) -> list[Tensor]:
+        """The device tensors that the kernels read, ``d`` among them."""
+        ...
+
+    def copied(self) -> Group:
+        """The same with copies of ``inputs``, for others to be put there; it keeps no factors alive."""
+        ...
+
 
 class Packed:
     """A group as packed float32 copies of its factors, multiplied by torch: complete, readable, on any device."""
@@ -73,6 +86,17 @@ class Packed:
         if out is None:
             out = self._P.new_zeros(self.layers, self.m, self.n)
         return out.baddbmm_(self._P * self.d.unsqueeze(1).to(self._P), self._Q)
+
+    def signature(self) -> Hashable:
+        return "packed", self.layers, self.m, self.n, self.W, self.device
+
+    def inputs(self) -> list[Tensor]:
+        return [self._P, self._Q, self.d]
+
+    def copied(self) -> Packed:
+        other = copy.copy(self)
+        other._P, other._Q, other.d = (X.clone() for X in self.inputs())
+        return other
 
 
 def coefficients(stacks: Sequence[Stack], width: int, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,3 +58,12 @@ class Tabled:
 
     def materialize(self, out: Tensor | None = None) -> Tensor:
         return self._materialize(self.table, out, precision=self._precision)
+
+    def signature(self) -> Hashable:
+        return "tabled", self.table.signature(), self._precision
+
+    def inputs(self) -> list[Tensor]:
+        return [*self.table.inputs(), self.d]
+
+    def copied(self) -> Tabled:
+        return Tabled(self.table.copied(), self.d.clone())

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.backends import small
-from flexlora_fast.lowrank.cores import Core
+from flexlora_fast.backends.group import Group
+from flexlora_fast.lowrank.cores import Core, Dense, Grams
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.krylov import estimate
 from flexlora_fast.lowrank.plan import degrees
 from flexlora_fast.lowrank.random import signs_of
+from flexlora_fast.lowrank.replayed import replays
 
 # Columns beyond k: with 16 a filter of degree 3 shrinks the excess of a flat spectrum 8 times, with 32 15 times.
 OVERSAMPLING = 16
@@ -66,15 +68,14 @@ def takes(R: int, m: int, n: int, k: int) -> bool:
     return min(R, m, n) >= k + 2 * OVERSAMPLING
 
 
-def leading_triplets(core: Core, k: int, addresses: Sequence[tuple[int, int]], schedule: Sequence[int]) -> Found:
+def leading_triplets(core: Core, k: int, start: Tensor, schedule: Sequence[int]) -> Found:
     """The k leading triplets of every layer, by filters of the degrees in ``schedule`` (two at least).
 
     Args:
-        addresses: of each layer's random start, as ``random.signs_of`` takes them.
+        start: (L, size, w) float32, random.
     """
-    width = min(core.size, k + OVERSAMPLING)
-    X = signs_of(addresses, core.size, width, device=core.energy.device)
-    X = _conditioned(X, core.image(X))
+    width = start.shape[2]
+    X = _conditioned(start, core.image(start))
     for _ in range(_POWERS):
         X = core.apply(core.image(X))
         X = _conditioned(X, core.image(X))
@@ -92,13 +93,26 @@ def leading_triplets(core: Core, k: int, addresses: Sequence[tuple[int, int]], s
     return Found(*_signed(U, V, S), report, _POWERS + sum(schedule) + 1, core.solver)
 
 
-def launch(core: Core, addresses: Sequence[tuple[int, int]], k: int, tol: float, more: int = 0) -> Found:
+def launch(operand: Group | Tensor, addresses: Sequence[tuple[int, int]], k: int, tol: float, more: int = 0) -> Found:
     """Have the device begin with the k leading triplets of layers that it ``takes``.
 
     Args:
-        addresses: as ``leading_triplets`` takes them. more: filters beyond those that ``tol`` usually takes.
+        operand: the layers as a group, solved on its Grams; or their dense ΔW (L, m, n) float32.
+        addresses: of each layer's random start, as ``random.signs_of`` takes them.
+        more: filters beyond those that ``tol`` usually takes.
     """
-    return leading_triplets(core, k, addresses, degrees(tol, more))
+    schedule = degrees(tol, more)
+    size = min(operand.shape[1:]) if isinstance(operand, Tensor) else operand.W
+    start = signs_of(addresses, size, min(size, k + OVERSAMPLING), device=operand.device)
+    if isinstance(operand, Tensor):
+        return leading_triplets(Dense(operand), k, start, schedule)
+
+    def compute(group: Group, start: Tensor) -> Found:
+        return leading_triplets(Grams(group), k, start, schedule)
+
+    if operand.device.type != "cuda":
+        return compute(operand, start)
+    return replays.found(operand, start, compute, (k, schedule))
 
 
 def collected(found: Found, batches: Sequence[int], tol: float) -> list[Factorization | None]:

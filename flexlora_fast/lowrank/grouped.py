@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
 from flexlora_fast.backends import groups
+from flexlora_fast.backends.group import Group
 from flexlora_fast.lowrank import filtered
-from flexlora_fast.lowrank.cores import Core, Grams
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.plan import FLOAT32_TOL
 from flexlora_fast.lowrank.random import stream
@@ -32,8 +34,9 @@ class How:
 class Layers(Protocol):
     """Layers of one shape (m, n), by their place.
 
-    ``ranks``: R of each. ``batches``: matrices of each (experts, or 1). ``core``: what several of them are solved by
-    together. ``alone``: one of them solved by itself, by solvers that look at what they do.
+    ``ranks``: R of each. ``batches``: matrices of each (experts, or 1). ``operand``: several of them, to be solved
+    together: a group, or their dense ΔW (L, m, n). ``alone``: one of them solved by itself, by solvers that look at
+    what they do.
     """
 
     @property
@@ -48,7 +51,7 @@ class Layers(Protocol):
     @property
     def batches(self) -> Sequence[int]: ...
 
-    def core(self, places: Sequence[int]) -> Core: ...
+    def operand(self, places: Sequence[int]) -> Group | Tensor: ...
 
     def alone(self, place: int, rank: int, how: How) -> Factorization: ...
 
@@ -75,8 +78,8 @@ class Stacks:
     def batches(self) -> list[int]:
         return [stack.batch for stack in self.stacks]
 
-    def core(self, places: Sequence[int]) -> Core:
-        return Grams(groups.of([self.stacks[i] for i in places]))
+    def operand(self, places: Sequence[int]) -> Group | Tensor:
+        return groups.of([self.stacks[i] for i in places])
 
     def alone(self, place: int, rank: int, how: How) -> Factorization:
         return alone(self.stacks[place], place, rank, how)
@@ -107,7 +110,7 @@ def begin_group(layers: Layers, rank: int, how: How) -> Callable[[], list[Factor
 
     def launch(places: Sequence[int], more: int) -> filtered.Found:
         addresses = [(keys[i], b) for i in places for b in range(layers.batches[i])]
-        return filtered.launch(layers.core(places), addresses, k, tol, more)
+        return filtered.launch(layers.operand(places), addresses, k, tol, more)
 
     # Fewer columns than the iteration needs have an eigenproblem of their own size.
     able = [i for i, R in enumerate(layers.ranks) if filtered.takes(R, layers.m, layers.n, k)]

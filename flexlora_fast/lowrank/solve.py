@@ -12,7 +12,6 @@ from flexlora_fast.backends import groups
 from flexlora_fast.errors import AdapterError, OptionError
 from flexlora_fast.lowrank import filtered, plan
 from flexlora_fast.lowrank.core import Unresolved, solve_krylov
-from flexlora_fast.lowrank.cores import Grams
 from flexlora_fast.lowrank.dense import solve_dense, solve_svd
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.gram import solve_gram
@@ -93,8 +92,7 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float, certifica
         return solve_gram(stack, k, key)
     if solver == "filtered":
         for more in filtered.MORE if filtered.takes(stack.R, stack.m, stack.n, k) else ():
-            core = Grams(groups.of([stack]))
-            found = filtered.launch(core, [(key, b) for b in range(stack.batch)], k, tol, more)
+            found = filtered.launch(groups.of([stack]), [(key, b) for b in range(stack.batch)], k, tol, more)
             (result,) = filtered.collected(found, [stack.batch], tol)
             if result is not None:
                 return result
