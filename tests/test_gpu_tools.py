@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import ncu, sanitize, tools
+from benchmarks.gpu import commit, ncu, sanitize, tools
 from benchmarks.gpu.stage import Options, Report
+from flexlora_fast.backends import cuda
 
 NCU = '''\
 ==PROF== Connected to process 4242 (/usr/bin/python3.12)
@@ -108,6 +110,20 @@ def test_racecheck_is_read() -> None:
 def test_what_a_tool_says_against_the_kernels(output: str, code: int | None, cases: int, words: str | None) -> None:
     found = sanitize.wrong("racecheck", tools.Ran(code, output), cases)
     assert found is words is None or (found is not None and words is not None and found.startswith(words))
+
+
+def test_the_cuda_kernels_are_called_as_their_host_functions_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With launches that only note the kernel's name, on a CPU: shapes, types and keywords fit in every case."""
+    launched: set[str] = set()
+    monkeypatch.setattr(sanitize.ops, "extension_obstacle", lambda device: None)
+    monkeypatch.setattr(cuda, "launch", lambda name, *arguments, **options: launched.add(name))
+    monkeypatch.setattr(cuda, "_most_shared", lambda device: 227 * 1024, raising=False)
+    for size in sanitize.EXTENSION_CASES:
+        for call in sanitize.ops.extension_ops("cpu", *size).values():
+            call()
+    known = re.findall(r"kernel\((flexlora_\w+)\)", (commit.ROOT / "csrc/cuda/kernels.cuh").read_text())
+    assert launched and launched <= set(known)
+    assert all(name.startswith(sanitize.ops.CUDA_KERNELS) for name in known)
 
 
 SANITIZER = """\

@@ -243,20 +243,33 @@ def of_extension(name: str, device: str) -> Found:
 
 
 def extension_ops(device: str, matrices: int, rows: int, width: int) -> dict[str, Op]:
-    """What there is of the CUDA extension, on matrices (b, l, l) or panels (b, rows, l), with l = ``width``."""
-    g = torch.Generator(device).manual_seed(0)
-    X = torch.randn(matrices, rows, width, generator=g, device=device)
-    gram = X.double().mT @ X.double()
-    arguments: dict[str, tuple[Tensor, ...]] = {
-        "jacobi_eigh": (gram,),
-        "orthonormalize": (X,),
-        "gram64": (X, X),
-        "whiten": (gram,),
-        "condition": (gram,),
-        "ritz": (gram, gram @ gram),
+    """What there is of the CUDA kernels' host functions, on matrices (b, l, l) or panels (b, rows, l) of l = ``width``.
+
+    Nothing but these kernels runs in a call.
+    """
+    g = torch.Generator().manual_seed(0)
+    panel = torch.randn(matrices, rows, width, generator=g)
+    eye = torch.eye(width, dtype=torch.float64).repeat(matrices, 1, 1)
+    gram, eye = (panel.double().mT @ panel.double()).to(device), eye.to(device)
+    X, Y = panel.to(device), panel.to(device, copy=True)
+    G, M, d = gram.float(), gram.float(), torch.ones(matrices, width, dtype=torch.float64, device=device)
+    spoiled, column = torch.zeros(matrices, dtype=torch.bool, device=device), X[:, 0].contiguous()
+    calls: dict[str, Callable[[Callable[..., Any]], object]] = {
+        "signs": lambda f: f([(1, 0)] * matrices, rows, width, device=X.device),
+        "gram64": lambda f: (f(X, Y), f(X, X, symmetric=True)),
+        "whiten": lambda f: f(gram),
+        "condition": lambda f: f(gram),
+        "ritz_begin": lambda f: f(gram, gram),
+        "ritz_end": lambda f: f(gram, d, eye, spoiled, width, last=True),
+        "orthonormalize": lambda f: f(X),
+        "apply_right": lambda f: f(X, gram),
+        "scale_grams": lambda f: f(G, M, d),
+        "chebyshev": lambda f: f(X, X, X, column, column, column, out=torch.empty_like(X)),
+        "jacobi_eigh": lambda f: f(gram),
+        "jacobi_svd": lambda f: f(gram),
     }
-    found = {name: of_extension(name, device) for name in arguments}
-    return {name: functools.partial(f, *arguments[name]) for name, f in found.items() if callable(f)}
+    found = {name: of_extension(name, device) for name in calls}
+    return {name: functools.partial(calls[name], f) for name, f in found.items() if callable(f)}
 
 
 def _of_cupy() -> Found:

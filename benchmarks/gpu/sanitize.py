@@ -21,8 +21,9 @@ CASES = (
     (torch.bfloat16, "bf16x3", WHOLE),
     (torch.float32, "tf32x3", AWKWARD),
 )
-# Of the CUDA extension: matrices, rows, columns. A matrix of one column, an odd number, and a round's own.
-EXTENSION_CASES = ((1, 3, 1), (3, 65, 17), (2, 130, 80))
+# Of the CUDA kernels: matrices, rows, columns. One column; an odd number; a round's own, with rows for two blocks; and
+# matrices that do not fit a block's shared memory.
+EXTENSION_CASES = ((1, 3, 1), (3, 65, 17), (2, 1100, 80), (1, 260, 230))
 TOOLS = ("memcheck", "racecheck")
 # The sanitizer's own; any other code is the program's.
 FOUND = 99
@@ -48,7 +49,7 @@ def run_cases(device: str) -> int:
         X, Y = (torch.randn(L, side, width, device=device) for side in (n, m))
         run(ops.kernel_ops(factors, X, Y, precision), f"{precision} {dtype} {(L, m, n, ranks, width)}")
     for size in EXTENSION_CASES:
-        run(ops.extension_ops(device, *size), f"of the extension {size}")
+        run(ops.extension_ops(device, *size), f"by CUDA {size}")
     return count
 
 
