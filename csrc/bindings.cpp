@@ -97,7 +97,7 @@ Raises ValueError before anything is read where a range does not fit out.)doc");
     flexlora::host::bind(emulated);
     emulated.def("signs", &flexlora::host::signs, py::arg("addresses"), py::arg("rows"), py::arg("cols"),
                  "addresses (count, 2) int64 -> (count, rows, cols) float32.");
-    flexlora::cuda::bind_slots(emulated);
+    flexlora::cuda::bind_checks(emulated);
 #ifdef FLEXLORA_WITH_CUDA
     flexlora::cuda::bind(m.def_submodule("cuda"));
 #endif

@@ -135,7 +135,7 @@ def test_blocks_of_threads_have_no_data_races(tmp_path):
         pytest.skip("g++ has no libtsan here")
     run("g++", *flags, "-o", program, FOLDER / "tests" / "races.cpp")
     # ThreadSanitizer wants the address space where it was built for: without randomisation it is.
-    quiet = ["setarch", "-R"] if shutil.which("setarch") else []
+    quiet = ["env", "TSAN_OPTIONS=halt_on_error=1", *(["setarch", "-R"] if shutil.which("setarch") else [])]
     assert run(*quiet, program).endswith("no races\n")
     broken = subprocess.run([*quiet, program, "race"], capture_output=True, text=True, check=False)
     assert broken.returncode and "data race" in broken.stderr

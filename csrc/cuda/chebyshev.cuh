@@ -4,7 +4,7 @@
 // c = −σ·σ' for σ' = 1/(2/ratio − σ).
 //
 // Kernel:
-//   flexlora_chebyshev(product, now, before, out, a, b, c, W, w)    before = null: without the last term (c may be null)
+//   flexlora_chebyshev(product, now, before, out, a, b, c, W, w)    before = null: without the last term, and c
 //       All contiguous; out may be one of the others. Grid (⌈W·w/1024⌉, L), block 256, no shared memory.
 
 #pragma once

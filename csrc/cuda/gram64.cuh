@@ -45,8 +45,8 @@ struct Panels {
     bool symmetric;
 };
 
-// Starts copying rows `row` … `row + DEPTH − 1` (zeros from `end` on) and SIDE columns from `column` (zeros from `width`
-// on) of a panel to `to`.
+// Starts copying rows `row` … `row + DEPTH − 1` (zeros from `end` on) and SIDE columns from `column` (zeros from
+// `width` on) of a panel to `to`.
 template <typename Block>
 FLEXLORA_DEVICE void fetch(Block& block, float* to, const float* panel, long long stride, int row, int end, int column,
                            int width) {

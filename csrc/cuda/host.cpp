@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> whiten(Execution how, const Tensor& gram) {
     double* const workspace = how.workspace ? space.data() : nullptr;
     for (int64_t layer = 0; layer < L; ++layer)
         emulate("whiten", how.threads, whiten_shared(l, !workspace), [&](auto& block, double* shared) {
-            flexlora::whiten(block, gram.data_ptr<double>(), T.data_ptr<double>(), T32.data_ptr<float>(), flags(shifted),
-                   workspace, l, layer, shared);
+            flexlora::whiten(block, gram.data_ptr<double>(), T.data_ptr<double>(), T32.data_ptr<float>(),
+                             flags(shifted), workspace, l, layer, shared);
         });
     return {T, T32, shifted};
 }
@@ -51,14 +51,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ritz(Execution how, const Tensor& G, 
     double* const workspace = how.workspace ? space.data() : nullptr;
     for (int64_t layer = 0; layer < L; ++layer)
         emulate("ritz", how.threads, ritz_shared(l, !workspace), [&](auto& block, double* shared) {
-            flexlora::ritz(block, G.data_ptr<double>(), C.data_ptr<double>(), T.data_ptr<double>(), small.data_ptr<double>(),
-                 flags(shifted), flags(spoiled), workspace, l, layer, shared);
+            flexlora::ritz(block, G.data_ptr<double>(), C.data_ptr<double>(), T.data_ptr<double>(),
+                           small.data_ptr<double>(), flags(shifted), flags(spoiled), workspace, l, layer, shared);
         });
     return {T, small, shifted, spoiled};
 }
 
-std::tuple<Tensor, std::optional<Tensor>, Tensor> rotate(Execution how, const Tensor& T, const Tensor& vectors, const Tensor& values,
-                                                         const Tensor& spoiled, int64_t k, bool last) {
+std::tuple<Tensor, std::optional<Tensor>, Tensor> rotate(Execution how, const Tensor& T, const Tensor& vectors,
+                                                         const Tensor& values, const Tensor& spoiled, int64_t k,
+                                                         bool last) {
     check_execution(how);
     const int l = matrices(T, "T");
     matrices(vectors, "vectors");
@@ -66,20 +67,16 @@ std::tuple<Tensor, std::optional<Tensor>, Tensor> rotate(Execution how, const Te
     check(values, "values", at::kDouble, 2);
     check(spoiled, "spoiled", at::kBool, 1);
     require(vectors.sizes() == T.sizes() && values.size(0) == L && values.size(1) == l && spoiled.size(0) == L,
-            "T, vectors, values and spoiled have shapes ", T.sizes(), ", ", vectors.sizes(), ", ", values.sizes(), " and ",
-            spoiled.sizes(), ": expected (L, l, l) twice, (L, l) and (L,)");
+            "T, vectors, values and spoiled have shapes ", T.sizes(), ", ", vectors.sizes(), ", ", values.sizes(),
+            " and ", spoiled.sizes(), ": expected (L, l, l) twice, (L, l) and (L,)");
     require(k >= 1 && k <= l, "k is ", k, ": expected 1 to ", l);
     Tensor rotation = like(T, {L, l, k}, at::kFloat), found = like(T, {L, k}, at::kDouble);
     std::optional<Tensor> scaled;
     if (last) scaled = at::empty_like(rotation);
-    const Rotation r{T.data_ptr<double>(),
-                     vectors.data_ptr<double>(),
-                     values.data_ptr<double>(),
-                     flags(spoiled),
-                     rotation.data_ptr<float>(),
-                     last ? scaled->data_ptr<float>() : nullptr,
-                     found.data_ptr<double>(),
-                     l,
+    const Rotation r{T.data_ptr<double>(),       vectors.data_ptr<double>(),
+                     values.data_ptr<double>(),  flags(spoiled),
+                     rotation.data_ptr<float>(), last ? scaled->data_ptr<float>() : nullptr,
+                     found.data_ptr<double>(),   l,
                      static_cast<int>(k)};
     const int squares = (l + SQUARE - 1) / SQUARE * ((r.k + SQUARE - 1) / SQUARE);
     for (int64_t layer = 0; layer < L; ++layer)

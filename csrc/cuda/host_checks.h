@@ -28,17 +28,19 @@ inline void check_execution(Execution how) {
 inline int matrices(const Tensor& x, const char* name) {
     check(x, name, at::kDouble, 3);
     const int64_t l = x.size(1);
-    require(x.size(2) == l && l >= 1 && l <= LARGEST, name, " has shape ", x.sizes(), ": expected (L, l, l), l from 1 to ",
-            LARGEST);
+    require(x.size(2) == l && l >= 1 && l <= LARGEST, name, " has shape ", x.sizes(),
+            ": expected (L, l, l), l from 1 to ", LARGEST);
     return static_cast<int>(l);
 }
 
 // Panels (L, m, l) float32 with contiguous rows, l up to LARGEST.
 inline void check_panels(const Tensor& x, const char* name) {
-    require(x.device().is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 3 && (x.size(2) <= 1 || x.stride(2) == 1),
-            name, " is ", x.scalar_type(), " of shape ", x.sizes(), " and strides ", x.strides(), " on ", x.device(),
-            ": expected a Float CPU tensor (L, m, l) with contiguous rows");
-    require(x.size(2) >= 1 && x.size(2) <= LARGEST, name, " has shape ", x.sizes(), ": expected 1 to ", LARGEST, " columns");
+    require(
+        x.device().is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 3 && (x.size(2) <= 1 || x.stride(2) == 1),
+        name, " is ", x.scalar_type(), " of shape ", x.sizes(), " and strides ", x.strides(), " on ", x.device(),
+        ": expected a Float CPU tensor (L, m, l) with contiguous rows");
+    require(x.size(2) >= 1 && x.size(2) <= LARGEST, name, " has shape ", x.sizes(), ": expected 1 to ", LARGEST,
+            " columns");
 }
 
 // The flags of the layers to compute, or null.
@@ -49,7 +51,9 @@ inline const flag* chosen(const std::optional<Tensor>& only, int64_t layers) {
     return reinterpret_cast<const flag*>(only->data_ptr<bool>());
 }
 
-inline Tensor like(const Tensor& x, at::IntArrayRef shape, at::ScalarType type) { return at::empty(shape, x.options().dtype(type)); }
+inline Tensor like(const Tensor& x, at::IntArrayRef shape, at::ScalarType type) {
+    return at::empty(shape, x.options().dtype(type));
+}
 
 inline flag* flags(const Tensor& x) { return reinterpret_cast<flag*>(x.data_ptr<bool>()); }
 

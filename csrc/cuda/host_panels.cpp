@@ -57,7 +57,8 @@ Tensor gram64(Execution how, const Tensor& X, const Tensor& Y, bool symmetric, i
     return out;
 }
 
-void apply_right(Execution how, const Tensor& Y, const Tensor& T, const Tensor& out, const std::optional<Tensor>& only) {
+void apply_right(Execution how, const Tensor& Y, const Tensor& T, const Tensor& out,
+                 const std::optional<Tensor>& only) {
     check_execution(how);
     check_panels(Y, "Y");
     check_panels(out, "out");
@@ -65,23 +66,17 @@ void apply_right(Execution how, const Tensor& Y, const Tensor& T, const Tensor& 
     const int64_t L = T.size(0), m = Y.size(1);
     require(Y.size(0) == L && Y.size(2) == l && out.sizes() == Y.sizes(), "Y, T and out have shapes ", Y.sizes(), ", ",
             T.sizes(), " and ", out.sizes(), ": expected (L, m, l), (L, l, l) and (L, m, l)");
-    const Application p{Y.data_ptr<float>(),
-                        T.data_ptr<double>(),
-                        out.data_ptr<float>(),
-                        chosen(only, L),
-                        Y.stride(0),
-                        Y.stride(1),
-                        out.stride(0),
-                        out.stride(1),
-                        static_cast<int>(m),
-                        l};
+    const Application p{
+        Y.data_ptr<float>(), T.data_ptr<double>(), out.data_ptr<float>(), chosen(only, L),     Y.stride(0),
+        Y.stride(1),         out.stride(0),        out.stride(1),         static_cast<int>(m), l};
     for (int64_t layer = 0; layer < L; ++layer)
         for (int part = 0; part < (p.m + PANEL_ROWS - 1) / PANEL_ROWS; ++part)
             emulate("apply_right", how.threads, apply_shared(l),
                     [&](auto& block, double* shared) { flexlora::apply_right(block, p, part, layer, shared); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> scale_grams(Execution how, const Tensor& G, const Tensor& M, const Tensor& d) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> scale_grams(Execution how, const Tensor& G, const Tensor& M,
+                                                       const Tensor& d) {
     check_execution(how);
     check(G, "G", at::kFloat, 3);
     check(M, "M", at::kFloat, 3);
@@ -119,8 +114,8 @@ Tensor chebyshev(Execution how, const Tensor& product, const Tensor& now, const 
     check(b, "b", at::kFloat, 2);
     const int64_t L = product.size(0), W = product.size(1), w = product.size(2);
     require(now.sizes() == product.sizes() && a.size(0) == L && a.size(1) == w && b.sizes() == a.sizes(),
-            "product, now, a and b have shapes ", product.sizes(), ", ", now.sizes(), ", ", a.sizes(), " and ", b.sizes(),
-            ": expected (L, W, w) twice and (L, w) twice");
+            "product, now, a and b have shapes ", product.sizes(), ", ", now.sizes(), ", ", a.sizes(), " and ",
+            b.sizes(), ": expected (L, W, w) twice and (L, w) twice");
     require(before.has_value() == c.has_value(), "before and c: expected both or neither");
     if (before) {
         check(*before, "before", at::kFloat, 3);

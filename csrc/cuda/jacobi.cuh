@@ -95,7 +95,8 @@ template <typename Block>
 FLEXLORA_DEVICE void measure(Block& block, const double* A, double* norms, int* place, int l) {
     for (int j = block.team(); j < l; j += block.teams()) {
         double square = 0;
-        for (int x = block.lane(); x < l; x += block.lanes()) square += A[j * column_stride(l) + x] * A[j * column_stride(l) + x];
+        for (int x = block.lane(); x < l; x += block.lanes())
+            square += A[j * column_stride(l) + x] * A[j * column_stride(l) + x];
         square = block.sum(square);
         if (block.lane() == 0) norms[j] = sqrt(square);
     }
@@ -129,8 +130,8 @@ FLEXLORA_DEVICE double scale_to_one(Block& block, double* A, double* largest, in
     return scale;
 }
 
-// scale·(the symmetric part of C) + shift·I, column by column in A: `scale`, a power of two, and `shift` for all threads
-// alike. False where C is not finite. Ends with a sync().
+// scale·(the symmetric part of C) + shift·I, column by column in A: `scale`, a power of two, and `shift` for all
+// threads alike. False where C is not finite. Ends with a sync().
 template <typename Block>
 FLEXLORA_DEVICE bool load_shifted(Block& block, const double* C, double* A, double* sums, int l, double& scale,
                                   double& shift) {

@@ -4,7 +4,11 @@
 
 #include <optional>
 
+#include "cuda/apply_right.cuh"
 #include "cuda/kernel.h"
+#include "cuda/ritz.cuh"
+#include "cuda/root.cuh"
+#include "cuda/scale_grams.cuh"
 #ifdef FLEXLORA_WITH_CUDA
 #include "cuda/launch.h"
 #endif
@@ -50,7 +54,7 @@ std::vector<Argument> arguments_of(const py::sequence& objects, int device) {
 
 }  // namespace
 
-void bind_slots(py::module_& module) {
+void bind_checks(py::module_& module) {
     module.def(
         "slots",
         [](const std::string& name, const std::vector<std::string>& parameters, const py::sequence& arguments) {
@@ -62,6 +66,23 @@ void bind_slots(py::module_& module) {
         },
         py::arg("name"), py::arg("parameters"), py::arg("arguments"),
         "The eight bytes that each argument of a launch becomes, for tensors on the CPU.");
+    module.def(
+        "shared_bytes",
+        [](int l, bool in_shared) {
+            return std::map<std::string, long long>{
+                {"flexlora_apply_right", apply_shared(l)},
+                {"flexlora_condition", whiten_shared(l, in_shared)},
+                {"flexlora_energy", total_shared()},
+                {"flexlora_gram64", gram64_shared()},
+                {"flexlora_ritz", ritz_shared(l, in_shared)},
+                {"flexlora_root", root_shared(l, in_shared)},
+                {"flexlora_rotate", rotate_shared(l)},
+                {"flexlora_scale", total_shared()},
+                {"flexlora_whiten", whiten_shared(l, in_shared)},
+            };
+        },
+        py::arg("l"), py::arg("in_shared"),
+        "The dynamic shared memory that each kernel counts on for l columns, with or without its packed matrix there.");
 }
 
 #ifdef FLEXLORA_WITH_CUDA

@@ -21,7 +21,7 @@
 
 namespace flexlora {
 
-constexpr int STRIP = 16;  // rows of T'·C at a time
+constexpr int STRIP = 16;      // rows of T'·C at a time
 constexpr int STRIP_ROWS = 4;  // of them, a thread has
 
 FLEXLORA_FORMULA int ritz_doubles(int l) { return whitening_doubles(l) + STRIP * l; }
@@ -126,7 +126,7 @@ struct Rotation {
 // What flexlora_rotate's `found` has in column j.
 FLEXLORA_DEVICE double found_value(const Rotation& r, size_t layer, int j) {
     const double value = r.values[layer * r.l + r.l - 1 - j];
-    if (r.spoiled[layer]) return sqrt(-1.0);  // NaN
+    if (r.spoiled[layer]) return sqrt(-1.0);
     const double clamped = value < 0 ? 0.0 : value;  // NaN stays
     return r.scaled ? sqrt(clamped) : clamped;
 }

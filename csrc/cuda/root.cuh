@@ -1,8 +1,8 @@
 // T with orthonormal columns in Y·T, from the Gram matrix of Y (l×l float64): Cholesky QR with diagonal pivoting. With
 // unit columns, the next pivot is the column of the largest part outside those before it, and when no part is above
-// 1e-6 the rest is rounding of float32: its columns of T are zeros, and Y·T has zero columns at their places. Nothing is
-// shifted, so what is kept is as orthonormal as rounding allows; done twice, to rounding of float32 (Yamamoto et al.,
-// ETNA 44, 2015; diagonal pivoting: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, section 10.3).
+// 1e-6 the rest is rounding of float32: its columns of T are zeros, and Y·T has zero columns at their places. Nothing
+// is shifted, so what is kept is as orthonormal as rounding allows; done twice, to rounding of float32 (Yamamoto et
+// al., ETNA 44, 2015; diagonal pivoting: Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, 10.3).
 // The twin: orthonormalize and _inverse_root of flexlora_fast/backends/reference.py, which drops eigenvectors instead.
 //
 // A Gram matrix summed in float64 has errors of m·2⁻⁵³ at worst. For parts above 1e-5 they are far below the square,

@@ -35,7 +35,8 @@ struct Whitening {
     double* norms;  // l: inverse norms
     Elimination elimination;
 
-    FLEXLORA_DEVICE Whitening(double* matrix, double* shared, int l) : norms(shared), elimination(matrix, shared + l, l) {}
+    FLEXLORA_DEVICE Whitening(double* matrix, double* shared, int l)
+        : norms(shared), elimination(matrix, shared + l, l) {}
 };
 
 // e.A = the symmetric part of `gram` (l×l) with unit diagonal, plus shift·I, and the norms taken out. False, for all

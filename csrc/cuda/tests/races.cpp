@@ -49,7 +49,8 @@ template <typename Work>
 void check(const char* name, int l, long long shared_bytes, std::vector<double> outputs, const Work& work) {
     std::vector<double> others = outputs;
     host::emulate(name, 1, shared_bytes, [&](auto& block, double* shared) { work(block, shared, outputs.data()); });
-    host::emulate(name, THREADS, shared_bytes, [&](auto& block, double* shared) { work(block, shared, others.data()); });
+    host::emulate(name, THREADS, shared_bytes,
+                  [&](auto& block, double* shared) { work(block, shared, others.data()); });
     if (std::memcmp(outputs.data(), others.data(), outputs.size() * sizeof(double)) != 0) {
         std::printf("%s, l = %d: %d threads give other bits than one\n", name, l, THREADS);
         std::exit(1);
@@ -59,34 +60,42 @@ void check(const char* name, int l, long long shared_bytes, std::vector<double> 
 void small_matrices(int l, const std::vector<double>& G) {
     const size_t square = static_cast<size_t>(l) * l;
     const std::vector<double> C = random_values(square, 1);
-    check("whiten", l, whiten_shared(l, true), std::vector<double>(2 * square + 1), [&](auto& block, double* shared, double* out) {
-        whiten(block, G.data(), out, reinterpret_cast<float*>(out + square), reinterpret_cast<flag*>(out + 2 * square),
-               nullptr, l, 0, shared);
-    });
-    check("root", l, root_shared(l, true), std::vector<double>(square + 2), [&](auto& block, double* shared, double* out) {
-        int* const rank = reinterpret_cast<int*>(out + square);
-        root(block, G.data(), out, rank, reinterpret_cast<flag*>(rank + 1), nullptr, nullptr, l, 0, shared);
-    });
-    check("condition", l, whiten_shared(l, true), std::vector<double>(square), [&](auto& block, double* shared, double* out) {
-        condition(block, G.data(), reinterpret_cast<float*>(out), nullptr, l, 0, shared);
-    });
-    check("ritz", l, ritz_shared(l, false), std::vector<double>(4 * square + l + 1), [&](auto& block, double* shared, double* out) {
-        flag* const flags = reinterpret_cast<flag*>(out + 2 * square);
-        ritz(block, G.data(), C.data(), out, out + square, flags, flags + 1, out + 2 * square + 1, l, 0, shared);
-    });
-    check("jacobi_eigh", l, jacobi_shared(l, 1), std::vector<double>(square + l + 1), [&](auto& block, double* shared, double* out) {
-        jacobi_eigh(block, C.data(), out + square, out, reinterpret_cast<flag*>(out + square + l), nullptr, l, 0, shared);
-    });
-    check("jacobi_svd", l, jacobi_shared(l, 2), std::vector<double>(2 * square + l + 1), [&](auto& block, double* shared, double* out) {
-        double* const S = out + 2 * square;
-        jacobi_svd(block, C.data(), out, S, out + square, reinterpret_cast<flag*>(S + l), nullptr, l, 0, shared);
-    });
+    check("whiten", l, whiten_shared(l, true), std::vector<double>(2 * square + 1),
+          [&](auto& block, double* shared, double* out) {
+              whiten(block, G.data(), out, reinterpret_cast<float*>(out + square),
+                     reinterpret_cast<flag*>(out + 2 * square), nullptr, l, 0, shared);
+          });
+    check("root", l, root_shared(l, true), std::vector<double>(square + 2),
+          [&](auto& block, double* shared, double* out) {
+              int* const rank = reinterpret_cast<int*>(out + square);
+              root(block, G.data(), out, rank, reinterpret_cast<flag*>(rank + 1), nullptr, nullptr, l, 0, shared);
+          });
+    check("condition", l, whiten_shared(l, true), std::vector<double>(square),
+          [&](auto& block, double* shared, double* out) {
+              condition(block, G.data(), reinterpret_cast<float*>(out), nullptr, l, 0, shared);
+          });
+    check("ritz", l, ritz_shared(l, false), std::vector<double>(4 * square + l + 1),
+          [&](auto& block, double* shared, double* out) {
+              flag* const flags = reinterpret_cast<flag*>(out + 2 * square);
+              ritz(block, G.data(), C.data(), out, out + square, flags, flags + 1, out + 2 * square + 1, l, 0, shared);
+          });
+    check("jacobi_eigh", l, jacobi_shared(l, 1), std::vector<double>(square + l + 1),
+          [&](auto& block, double* shared, double* out) {
+              jacobi_eigh(block, C.data(), out + square, out, reinterpret_cast<flag*>(out + square + l), nullptr, l, 0,
+                          shared);
+          });
+    check("jacobi_svd", l, jacobi_shared(l, 2), std::vector<double>(2 * square + l + 1),
+          [&](auto& block, double* shared, double* out) {
+              double* const S = out + 2 * square;
+              jacobi_svd(block, C.data(), out, S, out + square, reinterpret_cast<flag*>(S + l), nullptr, l, 0, shared);
+          });
     const flag spoiled = 0;
-    check("rotate", l, rotate_shared(l), std::vector<double>(square + l), [&](auto& block, double* shared, double* out) {
-        float* const rotation = reinterpret_cast<float*>(out);
-        const Rotation r{G.data(), C.data(), C.data(), &spoiled, rotation, rotation + square, out + square, l, l};
-        rotate(block, r, 0, 0, shared);
-    });
+    check("rotate", l, rotate_shared(l), std::vector<double>(square + l),
+          [&](auto& block, double* shared, double* out) {
+              float* const rotation = reinterpret_cast<float*>(out);
+              const Rotation r{G.data(), C.data(), C.data(), &spoiled, rotation, rotation + square, out + square, l, l};
+              rotate(block, r, 0, 0, shared);
+          });
 }
 
 void tall_panels(int l) {
@@ -97,19 +106,21 @@ void tall_panels(int l) {
     const std::vector<double> T = random_values(square, 4);
     for (const bool symmetric : {false, true}) {
         const int columns = symmetric ? l : v;
-        const Panels p{X.data(), symmetric ? X.data() : Y.data(), nullptr, nullptr, 0, l, 0, columns, m, l, columns, m, 1,
-                       symmetric};
-        const int tiles = symmetric ? packed((l + SIDE - 1) / SIDE) : (l + SIDE - 1) / SIDE * ((columns + SIDE - 1) / SIDE);
+        const Panels p{
+            X.data(), symmetric ? X.data() : Y.data(), nullptr, nullptr, 0, l, 0, columns, m, l, columns, m, 1,
+            symmetric};
+        const int tiles =
+            symmetric ? packed((l + SIDE - 1) / SIDE) : (l + SIDE - 1) / SIDE * ((columns + SIDE - 1) / SIDE);
         for (int tile = 0; tile < tiles; ++tile)
-            check("gram64", l, gram64_shared(), std::vector<double>(square), [&](auto& block, double* shared, double* out) {
-                Panels mine = p;
-                mine.out = out;
-                gram64(block, mine, tile, 0, 0, reinterpret_cast<float*>(shared));
-            });
+            check("gram64", l, gram64_shared(), std::vector<double>(square),
+                  [&](auto& block, double* shared, double* out) {
+                      Panels mine = p;
+                      mine.out = out;
+                      gram64(block, mine, tile, 0, 0, reinterpret_cast<float*>(shared));
+                  });
     }
-    check("gram64_sum", l, 0, std::vector<double>(square), [&](auto& block, double*, double* out) {
-        gram64_sum(block, T.data(), out, nullptr, l, 1, l, false, 0, 0);
-    });
+    check("gram64_sum", l, 0, std::vector<double>(square),
+          [&](auto& block, double*, double* out) { gram64_sum(block, T.data(), out, nullptr, l, 1, l, false, 0, 0); });
     // In place, as the third pass of a Cholesky QR does it.
     std::vector<double> panel(static_cast<size_t>(m) * l / 2);
     std::memcpy(panel.data(), X.data(), panel.size() * sizeof(double));
@@ -133,13 +144,13 @@ void large_grams(int W) {
         float* const p = reinterpret_cast<float*>(out);
         norms(block, G.data(), G.data(), d.data(), p, p + W, reinterpret_cast<flag*>(out + W), 0, W, 0);
     });
-    check("scale", W, total_shared(), std::vector<double>(square + 1, 1.5), [&](auto& block, double* shared, double* out) {
-        float* const left = reinterpret_cast<float*>(out);
-        scale(block, left, left + square, G.data(), G.data(), out + square, W, 0, 1, 0, shared);
-    });
-    check("energy", W, total_shared(), std::vector<double>(1), [&](auto& block, double* shared, double* out) {
-        energy(block, d.data(), out, W, 0, shared);
-    });
+    check("scale", W, total_shared(), std::vector<double>(square + 1, 1.5),
+          [&](auto& block, double* shared, double* out) {
+              float* const left = reinterpret_cast<float*>(out);
+              scale(block, left, left + square, G.data(), G.data(), out + square, W, 0, 1, 0, shared);
+          });
+    check("energy", W, total_shared(), std::vector<double>(1),
+          [&](auto& block, double* shared, double* out) { energy(block, d.data(), out, W, 0, shared); });
 }
 
 // What the detector is there for: neighbours read what nobody waited for.
