@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexlora_fast.backends import groups
 from flexlora_fast.backends.group import Group
+from flexlora_fast.backends.transfer import so_far
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.grouped import How, Layers, Stacks, alone, begin_group
 from flexlora_fast.planning import PARTS, LayerPlan, Settings
@@ -60,12 +61,15 @@ def begin(work: Work, layers: Sequence[LayerPlan], pieces: Iterator[Any]) -> Cal
     of = work.settings
     how = How(of.tol, of.seed, [layer.spec.name for layer in layers], of.certificate)
     results = begin_group(source, layers[0].rank, how)
+    apart = so_far(of.device)
 
     @full_precision()
     def updates() -> list[LayerUpdate]:
-        found = zip(layers, results(), source.ranks, biases, strict=True)
-        done()
-        return [LayerUpdate(layer.spec, work.brought(result), R, None, bias) for layer, result, R, bias in found]
+        with apart():
+            found = zip(layers, results(), source.ranks, biases, strict=True)
+            solved = [LayerUpdate(layer.spec, work.brought(result), R, None, bias) for layer, result, R, bias in found]
+            done()
+        return solved
 
     return updates
 

@@ -1,6 +1,10 @@
-"""Numbers of the host, moved to a device that is kept waiting by nobody."""
+"""Numbers on their way between the host and a device, without one waiting for more of the other than it has to."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,3 +16,47 @@ def moved(X: Tensor, device: torch.device) -> Tensor:
     Copies of memory that is not pinned wait until the stream is done with all that it was given before.
     """
     return X.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else X.to(device)
+
+
+def so_far(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Mark what the current stream of ``device`` was given so far.
+
+    In a ``with`` block of what is returned, the host waits for that alone when it looks at results, and not for what
+    the stream was given since. What the block computes is there for the stream afterwards.
+    """
+    if device.type != "cuda":
+        return nullcontext
+    stream = torch.cuda.current_stream(device)
+    return functools.partial(_apart, stream, stream.record_event())
+
+
+@contextmanager
+def _apart(stream: torch.cuda.Stream, mark: torch.cuda.Event) -> Iterator[None]:
+    side = _side(stream.device)
+    side.wait_event(mark)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        stream.wait_stream(side)
+
+
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class Turns:
+    """Memory that several streams use in turn: in a ``with`` block, the current stream waits for the one before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: torch.cuda.Event | None = None
+
+    def __enter__(self) -> None:
+        if self._last is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._last)
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            self._last = torch.cuda.current_stream(self._device).record_event()

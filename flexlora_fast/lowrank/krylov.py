@@ -167,7 +167,7 @@ class _Probed:
     """
 
     def __init__(self, op: Operator, key: int) -> None:
-        self.probes = signs(op.n, _PROBES, key, batch=op.batch, dtype=op.dtype).to(op.device)
+        self.probes = signs(op.n, _PROBES, key, batch=op.batch, dtype=op.dtype, device=op.device)
         self.images = op.apply(self.probes)
         self.left = self.images
         self.error = torch.zeros(op.batch, dtype=torch.float64)
@@ -193,12 +193,12 @@ def _start(op: Operator, columns: int, key: int) -> Tensor:
     By Householder QR, which gives a full set even where signs are dependent: of 8 columns of 9 signs, two are equal
     up to sign in one layer of ten, and the zero column in their place would count as a direction searched.
     """
-    X = signs(op.n, columns, key, batch=op.batch, dtype=torch.float64).to(op.device)
+    X = signs(op.n, columns, key, batch=op.batch, dtype=torch.float64, device=op.device)
     return torch.linalg.qr(X)[0].to(op.dtype)
 
 
 def _random_block(op: Operator, width: int, key: int) -> Tensor:
-    return signs(op.n, width, key, batch=op.batch, dtype=op.dtype).to(op.device)
+    return signs(op.n, width, key, batch=op.batch, dtype=op.dtype, device=op.device)
 
 
 def _powered(op: Operator, basis: Tensor, image: Tensor | None = None) -> Tensor:
@@ -262,7 +262,8 @@ def _replace_dependent(basis: Tensor, fresh: Tensor, key: int) -> tuple[Tensor, 
     fresh = (fresh.double() @ (rotation * root.unsqueeze(1))).to(fresh.dtype)
     share = 0.0 if bool(gone.any()) else float(squares.amin()) ** 0.5
     if share == 0.0:
-        other = signs(basis.shape[1], fresh.shape[2], key, batch=basis.shape[0], dtype=basis.dtype).to(basis.device)
+        shape = basis.shape[1], fresh.shape[2]
+        other = signs(*shape, key, batch=basis.shape[0], dtype=basis.dtype, device=basis.device)
         fresh = torch.where(gone.unsqueeze(1), other / basis.shape[1] ** 0.5, fresh)
     for _ in range(2):
         fresh = orthonormalize(_deflate(basis, fresh))

@@ -35,9 +35,17 @@ def _splitmix64(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def signs(rows: int, cols: int, key: int, *, batch: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A (batch, rows, cols) matrix of independent ±1 on the CPU: ``signs_of`` the addresses (key, 0 … batch-1)."""
-    return signs_of([(key, b) for b in range(batch)], rows, cols, dtype=dtype)
+def signs(
+    rows: int,
+    cols: int,
+    key: int,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Tensor:
+    """A (batch, rows, cols) matrix of independent ±1: ``signs_of`` the addresses (key, 0 … batch-1)."""
+    return signs_of([(key, b) for b in range(batch)], rows, cols, dtype=dtype, device=device)
 
 
 def signs_of(

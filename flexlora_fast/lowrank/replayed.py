@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.backends.group import Group
+from flexlora_fast.backends.transfer import Turns
 from flexlora_fast.errors import BackendError
 
 if TYPE_CHECKING:
@@ -37,14 +38,16 @@ class _Recorded:
     start: Tensor
     found: Found
     replay: Callable[[], None]
+    turns: Turns
 
     def run(self, group: Group, start: Tensor) -> Found:
         """The results for another group of the same signature. They are copies: the next run overwrites its own."""
-        for mine, given in zip((self.start, *self.group.inputs()), (start, *group.inputs()), strict=True):
-            mine.copy_(given)
-        self.replay()
-        f = self.found
-        return dataclasses.replace(f, U=f.U.clone(), S=f.S.clone(), V=f.V.clone(), report=f.report.clone())
+        with self.turns:
+            for mine, given in zip((self.start, *self.group.inputs()), (start, *group.inputs()), strict=True):
+                mine.copy_(given)
+            self.replay()
+            f = self.found
+            return dataclasses.replace(f, U=f.U.clone(), S=f.S.clone(), V=f.V.clone(), report=f.report.clone())
 
 
 class Replays:
@@ -96,7 +99,7 @@ class Replays:
                 stacklevel=2,
             )
             return None
-        return _Recorded(mine, begin, found, replay)
+        return _Recorded(mine, begin, found, replay, Turns(start.device))
 
 
 def record(run: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
