@@ -140,3 +140,12 @@ def test_blocks_of_threads_have_no_data_races(tmp_path):
     assert run(*quiet, program).endswith("no races\n")
     broken = subprocess.run([*quiet, program, "race"], capture_output=True, text=True, check=False)
     assert broken.returncode and "data race" in broken.stderr
+
+
+@needs_gxx
+def test_lanes_of_a_gpu_have_the_entries_that_they_should(tmp_path):
+    """As many threads as a GPU has, with shuffles, products of warps and late copies as they are documented."""
+    program = tmp_path / "lanes"
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-I", ROOT / "csrc"]
+    run("g++", *flags, "-o", program, FOLDER / "tests" / "lanes.cpp")
+    assert run(program) == "lanes agree\n"
