@@ -29,12 +29,13 @@ from flexlora_fast.kernels import obstacle
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.methods import Method
+from flexlora_fast.planning import Settings
 from flexlora_fast.precision import full_precision
 from flexlora_fast.progress import track
 from flexlora_fast.resident import Resident
 from flexlora_fast.stored import Stored
 from flexlora_fast.update import GlobalUpdate, Refusal
-from flexlora_fast.work import Client, Settings, Work
+from flexlora_fast.work import Client, Work
 
 Source = Adapter | str | os.PathLike[str]
 MISSING = ("zero", "renormalize")

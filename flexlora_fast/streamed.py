@@ -16,19 +16,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flexlora_fast import memory
+from flexlora_fast import memory, planning
 from flexlora_fast.backends.group import Group
 from flexlora_fast.backends.transfer import moved
+from flexlora_fast.planning import LayerPlan
 from flexlora_fast.staging import SLOTS, Arrival, Staging
 from flexlora_fast.stored import Reading, Wanted
 
 if TYPE_CHECKING:
-    from flexlora_fast.work import LayerPlan, Work
+    from flexlora_fast.work import Work
 
 # Of pinned memory, for all slots: as much as one GPU's link moves in 10 ms.
 _HOST_BYTES = 512 * 1024**2
-# A piece is made ready in about half a millisecond of Python; 4,096 columns of 4096² in bfloat16 take 1.2 ms to come.
-PIECE_COLUMNS = 4096
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Stream:
             yield 0, partial(self._bring, layers, self._reading.of([layer.spec.name for layer in layers]), True)
             return
         for layer in layers:
-            pieces = self._reading.of([layer.spec.name]).pieces(PIECE_COLUMNS)
+            pieces = self._reading.of([layer.spec.name]).pieces(planning.STREAMED_COLUMNS)
             for i, piece in enumerate(pieces):
                 yield 0, partial(self._bring, layers, piece, i == len(pieces) - 1)
 

@@ -14,26 +14,24 @@ from flexlora_fast.backends import groups
 from flexlora_fast.backends.group import Group
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.grouped import How, Layers, Stacks, alone, begin_group
+from flexlora_fast.planning import PARTS, LayerPlan, Settings
 from flexlora_fast.precision import full_precision
 from flexlora_fast.stack import Stack
 from flexlora_fast.streamed import Brought, summed
 from flexlora_fast.update import LayerUpdate
 
 if TYPE_CHECKING:
-    from flexlora_fast.work import LayerPlan, Settings, Work
+    from flexlora_fast.work import Work
 
 # Groups that a device may have before it while the host makes the next. Of factors that were read, one: they stay in
 # memory until their group is done.
 _RESIDENT_IN_FLIGHT = 64
-# Of a device's memory one part in four is for factors on their way there, of which a group may fill one in four where
-# it can be as small: then others come while it is solved. The rest is for two groups.
-PARTS = 4
 
 
 def runs(plans: Sequence[LayerPlan], of: Settings) -> Iterator[list[LayerPlan]]:
     """The plans in runs of one group whose factors, and what solving them needs, fit the memory."""
     on_device = of.device.type != "cpu"
-    run, held, scratch = list["LayerPlan"](), 0, 0
+    run, held, scratch = list[LayerPlan](), 0, 0
     for plan in plans:
         held, scratch = held + plan.held, scratch + plan.scratch
         if on_device:

@@ -10,25 +10,23 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from flexlora_fast import memory, together, values
+from flexlora_fast import memory, planning, together, values
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.errors import FlexLoRAError, OptionError
+from flexlora_fast.errors import FlexLoRAError
 from flexlora_fast.incremental import GramTable
 from flexlora_fast.layouts import LayerSpec
-from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.accumulate import Accumulator
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.solve import solve
-from flexlora_fast.methods import Contribution, Method
+from flexlora_fast.methods import Contribution
+from flexlora_fast.planning import LayerPlan, Settings
 from flexlora_fast.precision import full_precision
 from flexlora_fast.resident import Resident
-from flexlora_fast.skeleton import Skeleton
 from flexlora_fast.stack import Stack
 from flexlora_fast.stored import Stored
-from flexlora_fast.streamed import PIECE_COLUMNS, Brought, Stream
+from flexlora_fast.streamed import Brought, Stream
 from flexlora_fast.update import LayerUpdate
 
 _READ_AHEAD = 64 * 1024**2  # bytes that are read ahead at least, where the limit has room for them
@@ -48,51 +46,6 @@ class Client:
     source: Adapter
     checked: bool
     share: float = 0.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an :class:`~flexlora_fast.Aggregator` was made with, as far as layers are concerned."""
-
-    rank: int | None
-    method: Method
-    solver: str
-    tol: float
-    device: torch.device
-    seed: int
-    missing: str
-    limit: int
-    certificate: str = "exact"
-    results: str = "cpu"
-    room: int = 0
-
-    def __post_init__(self) -> None:
-        """``limit`` bounds this machine's memory, ``room`` that in which layers are solved: a GPU's, or the same."""
-        if self.device.type == "cpu":
-            object.__setattr__(self, "room", self.limit)
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """How one layer is solved.
-
-    ``total_rank``: R. ``rank``: columns wanted. ``grouped``: with other layers of its shape, by ``lowrank.grouped``.
-    ``folded``: clients come in pieces that are added to a dense ΔW.
-    ``held``: bytes of the largest piece as read (of all factors where not folded). ``scratch``: bytes beside it.
-    """
-
-    spec: LayerSpec
-    total_rank: int
-    rank: int
-    folded: bool
-    held: int
-    scratch: int
-    grouped: bool = False
-
-    @property
-    def group(self) -> tuple[int, ...]:
-        """What layers that are solved together have in common; () for those solved one by one."""
-        return (self.spec.m, self.spec.n, self.rank, self.folded) if self.grouped else ()
 
 
 @dataclass(frozen=True)
@@ -123,8 +76,7 @@ class Work:
     def __post_init__(self) -> None:
         skeletons = {id(client.adapter.skeleton): client.adapter.skeleton for client in self.clients}
         counts = Counter(id(client.adapter.skeleton) for client in self.clients)
-        layers = sorted({layer for skeleton in skeletons.values() for layer in skeleton.specs})
-        plans = [plan_layer(x, [(s, counts[i]) for i, s in skeletons.items()], self.settings) for x in layers]
+        plans = planning.plans([(skeleton, counts[i]) for i, skeleton in skeletons.items()], self.settings)
         plans.sort(key=lambda plan: (plan.group, plan.spec.name))
         object.__setattr__(self, "plans", plans)
         object.__setattr__(self, "groups", list(together.runs(plans, self.settings)))
@@ -295,59 +247,6 @@ def _read(layer: str, clients: Sequence[Client], total: float, last: bool) -> Pi
         contributions.append(Contribution(client.name, A, B, client.adapter.scale(layer), client.share / total))
         biases.append(bias)
     return Piece(clients, contributions, biases, last)
-
-
-def plan_layer(name: str, skeletons: Sequence[tuple[Skeleton, int]], of: Settings) -> LayerPlan:
-    """Choose between all factors at once and a dense ΔW from pieces, by the shapes of all clients that have the layer.
-
-    The planner's own choice stands wherever it fits the limit, so that results do not depend on it. Where it chooses
-    "dense", pieces are as fast as all at once and need less memory.
-    """
-    having = [(s, count) for s, count in skeletons if name in s.specs]
-    spec = having[0][0].specs[name]
-    widest = max(s.ranks[name] for s, _ in having)
-    total_rank = sum(s.ranks[name] * count for s, count in having)
-    nbytes = sum(s.layer_bytes[name] * count for s, count in having)
-    rank = of.rank or widest
-    columns = total_rank if of.method.output == "svd" else widest
-    kept = min(rank, columns, spec.m, spec.n)
-    shape = plan.Shape(spec.m, spec.n, columns, kept, of.tol, spec.experts, of.certificate)
-    grouped = of.device.type != "cpu" and of.method.output == "svd"
-    solver = plan.choose(shape, plan.constants_of(of.device), grouped=grouped) if of.solver == "auto" else of.solver
-    whole = LayerPlan(spec, total_rank, rank, False, nbytes, memory.scratch(solver, shape), solver == "filtered")
-    whole = dataclasses.replace(whole, grouped=whole.grouped and of.method.output == "svd")
-    least, needs = whole, _needs(whole, of)
-    if of.method.folds:
-        columns = memory.PIECE_COLUMNS if of.device.type == "cpu" else PIECE_COLUMNS
-        piece = memory.piece_bytes(nbytes, total_rank, widest, columns)
-        folded = LayerPlan(spec, total_rank, rank, True, piece, memory.scratch_folded(shape, widest), grouped)
-        if _needs(folded, of) <= of.room and (solver == "dense" or needs > of.room):
-            return folded
-        least = min(whole, folded, key=lambda layer: _needs(layer, of))
-    if needs > of.room:
-        fold = "" if of.method.folds else f" (method {of.method.name!r} takes all clients of a layer at once)"
-        raise OptionError(
-            f"a layer of {spec.m} outputs and {spec.n} inputs with R = {total_rank} needs "
-            f"{memory.show(_needs(least, of))}{fold}, and {_bound(of)}",
-            layer=name,
-        )
-    return whole
-
-
-def _needs(layer: LayerPlan, of: Settings) -> int:
-    """Bytes of ``Settings.room``: of a layer that is solved alone, what was read and the solver's scratch; see
-    ``together.runs`` for groups on a GPU.
-    """
-    if layer.grouped and of.device.type != "cpu":
-        return max(together.PARTS * layer.held, 3 * layer.scratch)
-    return layer.held + layer.scratch
-
-
-def _bound(of: Settings) -> str:
-    room = memory.show(of.room)
-    if of.device.type == "cpu" or of.room == of.limit:
-        return f"memory_limit is {room}; raise it"
-    return f"{room} of {of.device} are free for it; free more, or compute on the CPU"
 
 
 def _groups(layer: LayerPlan, clients: Sequence[Client]) -> Iterator[tuple[list[Client], bool]]:

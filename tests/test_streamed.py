@@ -12,12 +12,12 @@ PRELUDE = """
 import dataclasses, pathlib, sys, tempfile
 import torch
 import flexlora_fast as ff
-from flexlora_fast import aggregator, finishing, memory, streamed, together, work
+from flexlora_fast import memory, planning, streamed, together
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.stored import Stored
 
 SHAPES = {"x": (70, 50), "y": (70, 50), "z": (50, 70), "w": (70, 50)}
-planned = work.plan_layer
+planned = planning.plan_layer
 folder = pathlib.Path(tempfile.mkdtemp())
 
 def client(i, layers, rank, dtype=torch.float32):
@@ -36,7 +36,7 @@ def clients(dtype=torch.float32):
 
 def prepared(kind, made, on_disk=(1, 3, 4), **options):
     '''A round of these clients, some of them in files, whose factors are streamed; and the same round the usual way.'''
-    work.plan_layer = planned
+    planning.plan_layer = planned
     usual = ff.Aggregator(rank=5, solver=kind, **options)
     for i, adapter in enumerate(made):
         usual.add(adapter, weight=1 + i, client=f"c{i}")
@@ -46,7 +46,7 @@ def prepared(kind, made, on_disk=(1, 3, 4), **options):
         if i in on_disk:
             adapter.save(folder / f"c{i}")
         agg.add(folder / f"c{i}" if i in on_disk else adapter, weight=1 + i, client=f"c{i}")
-    work.plan_layer = lambda *a: dataclasses.replace(planned(*a), grouped=True)
+    planning.plan_layer = lambda *a: dataclasses.replace(planned(*a), grouped=True)
     return agg, usual
 
 def assert_alike(found, expected, kind):
@@ -78,14 +78,14 @@ def run(code: str) -> None:
 def test_a_round_from_files_and_memory(kind: str) -> None:
     run(f"""
         seen = watched()
-        streamed.PIECE_COLUMNS = 24
+        planning.STREAMED_COLUMNS = 24
         for missing in ("zero", "renormalize"):
             for dtype in (torch.float32, torch.float16):
                 agg, usual = prepared({kind!r}, clients(dtype), missing=missing)
                 found = agg.finish()
                 ways, seen[:] = list(seen), []
                 assert ways == [(True, 1), (True, 3)], ways
-                work.plan_layer = planned
+                planning.plan_layer = planned
                 assert_alike(found, usual.finish(), {kind!r})
                 seen.clear()
     """)
@@ -107,7 +107,7 @@ def test_a_client_with_bad_values_is_named_and_the_round_goes_on(kind: str) -> N
         except AdapterError as error:
             assert (error.client, error.layer) == ("bad", "w") and "NaN" in str(error), error
         found = agg.finish()
-        work.plan_layer = planned
+        planning.plan_layer = planned
         assert_alike(found, usual.finish(), {kind!r})
     """)
 
@@ -151,7 +151,7 @@ def test_what_is_not_proved_is_solved_again() -> None:
             found = agg.finish()
             assert calls == [1, 3, 1], calls  # the middle one of three is tried again, and then solved alone
             filtered.judged = judged
-            work.plan_layer = planned
+            planning.plan_layer = planned
             expected = usual.finish()
             for name in expected.layers:
                 assert found[name].error(5) <= expected[name].error(5) * (1 + 1e-3)
@@ -165,7 +165,7 @@ def test_an_error_in_the_middle_ends_the_round_and_not_the_process() -> None:
     run("""
         memory.staged = lambda room: 4096 * 6
         agg, usual = prepared("dense", clients())
-        streamed.PIECE_COLUMNS = 3
+        planning.STREAMED_COLUMNS = 3
         def failing(self, out):
             raise RuntimeError("out of order")
         from flexlora_fast.backends.triton import Tabled
@@ -176,8 +176,8 @@ def test_an_error_in_the_middle_ends_the_round_and_not_the_process() -> None:
         except RuntimeError as error:
             assert "out of order" in str(error)
         Tabled.materialize = real
-        streamed.PIECE_COLUMNS = 24
+        planning.STREAMED_COLUMNS = 24
         found = agg.finish()
-        work.plan_layer = planned
+        planning.plan_layer = planned
         assert_alike(found, usual.finish(), "dense")
     """)

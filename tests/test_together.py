@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flexlora_fast as ff
-from flexlora_fast import memory, work
+from flexlora_fast import memory, planning
 from flexlora_fast.errors import AdapterError, OptionError
 from flexlora_fast.lowrank import filtered, plan
 from tests.interpreter import needs_interpreter, run_interpreted
@@ -22,13 +22,13 @@ CUDA = torch.device("cuda")
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folded layers are solved in groups, which the planner does for GPUs alone."""
-    planned = work.plan_layer
+    planned = planning.plan_layer
 
-    def together(*arguments: Any) -> work.LayerPlan:
+    def together(*arguments: Any) -> planning.LayerPlan:
         layer = planned(*arguments)
         return dataclasses.replace(layer, grouped=layer.folded)
 
-    monkeypatch.setattr(work, "plan_layer", together)
+    monkeypatch.setattr(planning, "plan_layer", together)
 
 
 def round_of(clients: Any, **options: Any) -> ff.GlobalUpdate:
@@ -132,16 +132,16 @@ def test_a_layer_larger_than_the_gpu_says_so() -> None:
     skeletons = [(clients[0].skeleton, 2)]
     of = dataclasses.replace(agg._settings(), device=CUDA, room=10_000)
     with pytest.raises(OptionError, match=r"130 outputs.*of cuda are free for it; free more, or compute on the CPU"):
-        work.plan_layer("0.fc", skeletons, of)
+        planning.plan_layer("0.fc", skeletons, of)
     with pytest.raises(OptionError, match=r"memory_limit is 0\.0 MiB; raise it"):
-        work.plan_layer("0.fc", skeletons, dataclasses.replace(of, limit=10_000))
+        planning.plan_layer("0.fc", skeletons, dataclasses.replace(of, limit=10_000))
 
 
 RESIDENT = """
 import dataclasses
 import torch
 import flexlora_fast as ff
-from flexlora_fast import work
+from flexlora_fast import planning, work
 from flexlora_fast.resident import Resident
 from tests.test_filtered import adapters
 from tests.test_together import assert_alike
@@ -152,8 +152,8 @@ for client in clients:
     agg.add(client)
     resident.take(client.client, client)
 usual = agg.finish()
-planned = work.plan_layer
-work.plan_layer = lambda *arguments: dataclasses.replace(planned(*arguments), grouped=True)
+planned = planning.plan_layer
+planning.plan_layer = lambda *arguments: dataclasses.replace(planned(*arguments), grouped=True)
 there = work.Work(agg._weighted(), agg._settings(), None, resident)
 assert list(there.pieces()) == [], "nothing is read"
 layers = {update.name: update for update in there.solved(iter(()))}

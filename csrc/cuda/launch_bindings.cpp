@@ -15,8 +15,17 @@ namespace flexlora::cuda {
 namespace {
 
 // torch.float64 -> "float64"
-std::string dtype_name(const py::handle& tensor) {
-    const std::string name = py::str(tensor.attr("dtype"));
+std::string dtype_name(const py::handle& object, const at::Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case at::kDouble: return "float64";
+        case at::kFloat: return "float32";
+        case at::kLong: return "int64";
+        case at::kInt: return "int32";
+        case at::kByte: return "uint8";
+        case at::kBool: return "bool";
+        default: break;  // for a message alone, so it may be slow
+    }
+    const std::string name = py::str(object.attr("dtype"));
     return name.substr(name.find('.') + 1);
 }
 
@@ -25,10 +34,9 @@ Argument argument_of(const py::handle& object, int device) {
     PyObject* const pointer = object.ptr();
     if (THPVariable_Check(pointer)) {
         const at::Tensor& tensor = THPVariable_Unpack(pointer);
-        const std::string type = dtype_name(object);
-        if (tensor.is_cuda() != (device >= 0) || tensor.get_device() != device) {
-            return Other{"a tensor of " + type + " on " + tensor.device().str()};
-        }
+        const std::string type = dtype_name(object, tensor);
+        const bool here = device < 0 ? tensor.is_cpu() : tensor.is_cuda() && tensor.get_device() == device;
+        if (!here) return Other{"a tensor of " + type + " on " + tensor.device().str()};
         return Address{reinterpret_cast<std::uintptr_t>(tensor.data_ptr()), type};
     }
     if (object.is_none()) return Address{0, ""};

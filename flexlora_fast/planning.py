@@ -1,0 +1,135 @@
+"""How each layer of a round is solved, from shapes alone: by which solver, whole or in pieces, with which others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flexlora_fast import memory
+from flexlora_fast.errors import OptionError
+from flexlora_fast.layouts import LayerSpec
+from flexlora_fast.lowrank import plan
+from flexlora_fast.methods import Method
+from flexlora_fast.skeleton import Skeleton
+
+# Columns of the pieces that are brought to a GPU: each is made ready in about half a millisecond of Python, and so many
+# of 4096² in bfloat16 take 1.2 ms to come.
+STREAMED_COLUMNS = 4096
+# Of a device's memory one part in four is for factors on their way there, of which a group may fill one in four where
+# it can be as small: then others come while it is solved. The rest is for two groups.
+PARTS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an :class:`~flexlora_fast.Aggregator` was made with, as far as layers are concerned."""
+
+    rank: int | None
+    method: Method
+    solver: str
+    tol: float
+    device: torch.device
+    seed: int
+    missing: str
+    limit: int
+    certificate: str = "exact"
+    results: str = "cpu"
+    room: int = 0
+
+    def __post_init__(self) -> None:
+        """``limit`` bounds this machine's memory, ``room`` that in which layers are solved: a GPU's, or the same."""
+        if self.device.type == "cpu":
+            object.__setattr__(self, "room", self.limit)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer is solved.
+
+    ``total_rank``: R. ``rank``: columns wanted. ``grouped``: with other layers of its shape, by ``lowrank.grouped``.
+    ``folded``: clients come in pieces that are added to a dense ΔW.
+    ``held``: bytes of the largest piece as read (of all factors where not folded). ``scratch``: bytes beside it.
+    """
+
+    spec: LayerSpec
+    total_rank: int
+    rank: int
+    folded: bool
+    held: int
+    scratch: int
+    grouped: bool = False
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """What layers that are solved together have in common; () for those solved one by one."""
+        return (self.spec.m, self.spec.n, self.rank, self.folded) if self.grouped else ()
+
+
+def plans(skeletons: Sequence[tuple[Skeleton, int]], of: Settings) -> list[LayerPlan]:
+    """``plan_layer`` for every layer; most of a model's are alike, and planned once."""
+    known: dict[object, LayerPlan] = {}
+    found = []
+    for name in sorted({layer for skeleton, _ in skeletons for layer in skeleton.specs}):
+        having = [(s, count) for s, count in skeletons if name in s.specs]
+        spec = having[0][0].specs[name]
+        alike = [(s.ranks[name], s.layer_bytes[name], count) for s, count in having]
+        key = (spec.m, spec.n, spec.experts, *alike)
+        if key not in known:
+            known[key] = plan_layer(name, having, of)
+        found.append(dataclasses.replace(known[key], spec=spec))
+    return found
+
+
+def plan_layer(name: str, having: Sequence[tuple[Skeleton, int]], of: Settings) -> LayerPlan:
+    """Choose between all factors at once and a dense ΔW from pieces, by the shapes of all clients that have the layer.
+
+    The planner's own choice stands wherever it fits the limit, so that results do not depend on it. Where it chooses
+    "dense", pieces are as fast as all at once and need less memory.
+    """
+    spec = having[0][0].specs[name]
+    widest = max(s.ranks[name] for s, _ in having)
+    total_rank = sum(s.ranks[name] * count for s, count in having)
+    nbytes = sum(s.layer_bytes[name] * count for s, count in having)
+    rank = of.rank or widest
+    columns = total_rank if of.method.output == "svd" else widest
+    kept = min(rank, columns, spec.m, spec.n)
+    shape = plan.Shape(spec.m, spec.n, columns, kept, of.tol, spec.experts, of.certificate)
+    grouped = of.device.type != "cpu" and of.method.output == "svd"
+    solver = plan.choose(shape, plan.constants_of(of.device), grouped=grouped) if of.solver == "auto" else of.solver
+    whole = LayerPlan(spec, total_rank, rank, False, nbytes, memory.scratch(solver, shape), solver == "filtered")
+    whole = dataclasses.replace(whole, grouped=whole.grouped and of.method.output == "svd")
+    least, needs = whole, _needs(whole, of)
+    if of.method.folds:
+        columns = memory.PIECE_COLUMNS if of.device.type == "cpu" else STREAMED_COLUMNS
+        piece = memory.piece_bytes(nbytes, total_rank, widest, columns)
+        folded = LayerPlan(spec, total_rank, rank, True, piece, memory.scratch_folded(shape, widest), grouped)
+        if _needs(folded, of) <= of.room and (solver == "dense" or needs > of.room):
+            return folded
+        least = min(whole, folded, key=lambda layer: _needs(layer, of))
+    if needs > of.room:
+        fold = "" if of.method.folds else f" (method {of.method.name!r} takes all clients of a layer at once)"
+        raise OptionError(
+            f"a layer of {spec.m} outputs and {spec.n} inputs with R = {total_rank} needs "
+            f"{memory.show(_needs(least, of))}{fold}, and {_bound(of)}",
+            layer=name,
+        )
+    return whole
+
+
+def _needs(layer: LayerPlan, of: Settings) -> int:
+    """Bytes of ``Settings.room``: of a layer that is solved alone, what was read and the solver's scratch; see
+    ``together.runs`` for groups on a GPU.
+    """
+    if layer.grouped and of.device.type != "cpu":
+        return max(PARTS * layer.held, 3 * layer.scratch)
+    return layer.held + layer.scratch
+
+
+def _bound(of: Settings) -> str:
+    room = memory.show(of.room)
+    if of.device.type == "cpu" or of.room == of.limit:
+        return f"memory_limit is {room}; raise it"
+    return f"{room} of {of.device} are free for it; free more, or compute on the CPU"
