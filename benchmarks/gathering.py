@@ -2,7 +2,8 @@
 
 2,000 files in the page cache, and the same bytes in memory, of which every tensor is wanted: against one thread's and
 all threads' copies of memory, and against reading the files from one end to the other. What a device would do is left
-out: one that takes everything at once stands in for it.
+out: one that takes everything at once stands in for it. With ``--device cuda`` also to a GPU, against its copy of one
+pinned piece of memory.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ TENSORS = 4  # of each client: A and B of two layers
 FULL, QUICK = 2000, 200  # clients
 SLOT, QUICK_SLOT = 64 << 20, 4 << 20
 _PIECE = 2 << 20  # bytes that a plain read asks for
+_ARRIVALS = 8  # on a GPU, timed together
 
 
 class Nowhere(Host):
@@ -149,10 +151,38 @@ def measure(clients: int, slot: int, threads: int, folder: Path) -> list[dict[st
     return rows
 
 
+def measure_device(clients: int, slot: int, threads: int, folder: Path) -> list[dict[str, Any]]:
+    """The same to the current GPU: arrivals one after another, each released at once."""
+    rows: list[dict[str, Any]] = []
+    total = clients * TENSORS * TENSOR
+    memory, pinned = torch.ones(total, dtype=torch.uint8), torch.ones(total, dtype=torch.uint8, pin_memory=True)
+    first = (memory.data_ptr() + np.arange(clients) * (TENSORS * TENSOR)).tolist()
+    there = torch.empty(total, dtype=torch.uint8, device="cuda")
+
+    def add(name: str, call: Callable[[], object]) -> None:
+        def calls() -> None:
+            for _ in range(_ARRIVALS):
+                call()
+            torch.cuda.synchronize()
+
+        nbytes = _ARRIVALS * total
+        rows.append({"name": name, "seconds": best_seconds(calls, 3), "bytes": nbytes, "tensors": nbytes // TENSOR})
+
+    add("copies of pinned memory to the GPU", lambda: there.copy_(pinned, non_blocking=True))
+    with opened(write(folder, clients)) as files:
+        sources = {"files": ranges_of(files, [0] * clients, 1), "memory": ranges_of([MEMORY] * clients, first, 1)}
+        for size in (slot, slot // 4, slot // 16):
+            with Staging("cuda", host_bytes=SLOTS * size, device_bytes=3 * total, threads=threads) as staging:
+                for name, ranges in sources.items():
+                    title = f"to the GPU from {name}, slots of {size >> 20} MiB"
+                    add(title, lambda ranges=ranges, to=staging: to.bring(ranges).release())  # type: ignore[misc]
+    return rows
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """GB/s, µs a tensor, and times the rates of the plain ways."""
     rates = {row["name"]: row["bytes"] / row["seconds"] for row in rows}
-    copies = max(rate for name, rate in rates.items() if name.startswith("copies"))
+    copies = max(rate for name, rate in rates.items() if name.startswith("copies of memory"))
     reads = next(rate for name, rate in rates.items() if name.startswith("plain"))
     body = [
         [
@@ -172,12 +202,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} clients in place of {FULL}")
     parser.add_argument("--threads", type=int, default=min(16, len(os.sched_getaffinity(0))))
     parser.add_argument("--data", type=Path, default=Path(".bench-data"), help="folder for the files (1 GB)")
+    parser.add_argument("--device", choices=["cuda"], help="also to a GPU")
     parser.add_argument("--json", type=Path, help="also leave the rows here")
     args = parser.parse_args()
     if _native.extension is None:
         parser.error(f"this measures the extension, and there is none: {_native.reason}")
     clients, slot = (QUICK, QUICK_SLOT) if args.quick else (FULL, SLOT)
     rows = measure(clients, slot, args.threads, args.data / "gathering")
+    if args.device:
+        rows += measure_device(clients, slot, args.threads, args.data / "gathering")
     print(f"{cpu_name()}, {args.threads} threads, {clients} files of {TENSORS} tensors of {TENSOR} bytes\n")
     print(table(rows))
     if args.json:

@@ -29,9 +29,10 @@ class Ranges:
 
     def __post_init__(self) -> None:
         for name, array in vars(self).items():
-            if array.dtype != np.int64 or array.shape != (len(self.descriptor),):
+            if array.dtype != np.int64 or array.shape != (len(self.descriptor),) or not array.flags.c_contiguous:
                 raise ValueError(
-                    f"{name} is {array.dtype} of shape {array.shape}: expected int64 ({len(self.descriptor)},)"
+                    f"{name} is {array.dtype} of shape {array.shape} and strides {array.strides}: expected contiguous "
+                    f"int64 ({len(self.descriptor)},)"
                 )
 
     def __len__(self) -> int:

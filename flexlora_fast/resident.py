@@ -23,16 +23,19 @@ class Resident:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._notes: dict[str, Note] = {}
+        self._chosen: dict[object, Chosen] = {}  # of the round that asks now: it asks for one group of layers at a time
 
     def take(self, name: str, adapter: Adapter) -> None:
         """Note where a client's factors lie. One that has anything unusual is left to the usual way."""
         note = self._note(adapter)
         if note is not None:
             self._notes[name] = note
+            self._chosen.clear()
 
     def drop(self, name: str) -> None:
         """Forget a client."""
         self._notes.pop(name, None)
+        self._chosen.clear()
 
     def has(self, names: Sequence[str]) -> bool:
         """Whether all these clients are here, with factors of the same two dtypes."""
@@ -62,9 +65,12 @@ class Resident:
             names: clients in canonical order. shares: their weights, normalised (K,).
             renormalize: whether a client without a layer leaves its share there to the others.
         """
-        notes = [self._notes[name] for name in names]
-        kept = [note.adapter for note in notes]
-        return Chosen(notes, shares, renormalize).of(layers).table(shape, self.device, kept)
+        key = (tuple(names), tuple(shares), renormalize)
+        if key not in self._chosen:
+            self._chosen.clear()
+            self._chosen[key] = Chosen([self._notes[name] for name in names], shares, renormalize)
+        chosen = self._chosen[key]
+        return chosen.of(layers).table(shape, self.device, [note.adapter for note in chosen.notes])
 
     def group(
         self, shape: tuple[int, int], layers: Sequence[str], names: Sequence[str], shares: Any, renormalize: bool

@@ -89,7 +89,7 @@ class Staging:
                 "at least"
             )
         self._device = streams.device_of(device)
-        self._threads = threads or min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        self._threads = min(_MOST_THREADS, len(os.sched_getaffinity(0))) if threads is None else threads
         self._slot_bytes = 1 << ((host_bytes // SLOTS).bit_length() - 1)
         self._size = device_bytes // ALIGNMENT * ALIGNMENT
         self._slots: list[_Slot] = []
@@ -109,8 +109,15 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what threads wait for in ``bring``, and wait for the copies; leaving the ``with`` block does so too.
+
+        Before a thread is waited for that may be in ``bring``: it may be waiting for a release that never comes.
+        """
         with self._changed:
-            self._closed = True  # who waits for room waits no longer
+            self._closed = True
             self._changed.notify_all()
         with self._filling, self._changed:  # who reads ends
             events = [slot.free for slot in self._slots] + [event for room in self._rooms for event in room.ends]
@@ -129,7 +136,7 @@ class Staging:
             ReadError: what could not be read, by its index in ``ranges``. The next call finds everything in order.
             RuntimeError: this was closed.
         """
-        ends = np.cumsum((ranges.nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT)
+        ends = np.cumsum(aligned(ranges.nbytes))
         nbytes = int(ends[-1]) if len(ranges) else 0
         offsets = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
         room = self._take(nbytes)
@@ -244,6 +251,11 @@ class Staging:
             room.ends.append(event)
             room.released = True
             self._changed.notify_all()
+
+
+def aligned(nbytes: np.ndarray) -> np.ndarray:
+    """Bytes that tensors of so many take in an arrival."""
+    return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
 def free_at(taken: Sequence[tuple[int, int]], size: int, nbytes: int) -> int | None:

@@ -18,7 +18,7 @@ from flexlora_fast.errors import AdapterError
 from flexlora_fast.gather import MEMORY, Ranges, ReadError
 from flexlora_fast.places import Chosen, Note, Outline, Selection
 from flexlora_fast.skeleton import Skeleton
-from flexlora_fast.staging import Arrival, Staging
+from flexlora_fast.staging import Arrival, Staging, aligned
 from flexlora_fast.tensorfile import Opened, TensorFile
 
 if TYPE_CHECKING:
@@ -157,6 +157,11 @@ class Wanted:
     ranges: Ranges
     client: np.ndarray
     factor: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the device's memory that they take."""
+        return int(aligned(self.ranges.nbytes).sum())
 
     def bring(self, staging: Staging) -> Arrival:
         """``Staging.bring``, called from a thread that reads.

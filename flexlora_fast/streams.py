@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flexlora_fast.errors import BackendError
+
 _COPIERS = 2  # streams: while one copy ends the next has begun
 
 
@@ -86,13 +88,14 @@ class Cuda:
     """A CUDA GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.streams: Sequence[Any] = [torch.cuda.Stream(device) for _ in range(_COPIERS)]
+        # With its index: to another thread "cuda" may be another one.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        self.streams: Sequence[Any] = [torch.cuda.Stream(self.device) for _ in range(_COPIERS)]
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._context = ctypes.c_void_p()
-        with torch.cuda.device(device):
+        with torch.cuda.device(self.device):
             torch.cuda.synchronize()  # the driver's context of this device is current from here on
-            self._driver.cuCtxGetCurrent(ctypes.byref(self._context))
+            _succeed(self._driver.cuCtxGetCurrent(ctypes.byref(self._context)))
 
     def host(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -120,7 +123,7 @@ class Cuda:
 
     def native(self, events: Sequence[Any]) -> Native:
         # The functions of the driver that are behind torch's own copies and events; they need a thread's context.
-        self._driver.cuCtxSetCurrent(self._context)
+        _succeed(self._driver.cuCtxSetCurrent(self._context))
         copy, record, wait = (
             ctypes.cast(function, ctypes.c_void_p).value or 0
             for function in (
@@ -131,6 +134,12 @@ class Cuda:
         )
         streams = [stream.cuda_stream for stream in self.streams]
         return Native((copy, record, wait), streams, [event.cuda_event for event in events])
+
+
+def _succeed(answer: int) -> None:
+    """Raise ``BackendError`` for a driver's answer that is not 0."""
+    if answer != 0:
+        raise BackendError(f"CUDA's driver answered with error {answer}; `nvidia-smi` shows whether the GPU is well")
 
 
 class Host:

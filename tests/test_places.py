@@ -106,6 +106,7 @@ def test_the_table_is_that_of_the_stacks(
     assert clients.has(names)
     options = {"shares": [client.share for client in work.clients], "renormalize": missing == "renormalize"}
     with brought(clients, names, layers, **options) as (wanted, arrival):
+        assert wanted.nbytes == arrival.nbytes
         found, d = wanted.table(SHAPES[layers[0]], arrival)
         assert found.ranks == expected.ranks and found.W == expected.W and found.offsets.equal(expected.offsets)
         assert found.d.equal(expected.d)

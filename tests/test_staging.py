@@ -286,23 +286,49 @@ def test_leaving_ends_the_wait_of_others(native: bool) -> None:
             staging.bring(ranges)
 
 
+def test_closing_twice_is_closing_once() -> None:
+    staging = Staging("cpu", host_bytes=SLOTS * 256, device_bytes=1024)
+    with pytest.raises(RuntimeError, match="never entered"):
+        staging.bring(Ranges(*np.zeros((3, 0), np.int64)))
+    with staging:
+        staging.bring(Ranges(*np.zeros((3, 0), np.int64))).release()
+        staging.close()
+    staging.close()
+
+
 # -- on a GPU ---
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(source: Source) -> None:
-    """Through several slots and round the ring; the kernels that read are slower than the copies."""
+@pytest.mark.parametrize("native", DRIVERS)
+def test_on_a_gpu(native: bool, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through several slots and round the ring, brought by a thread of its own; the kernels before a read are slower
+    than the copies.
+    """
+    if not native:
+        monkeypatch.setattr(_native, "extension", None)
     jobs = [source.draw(6000) for _ in range(200)]
-    seen: list[tuple[Arrival, Tensor]] = []
+    arrived: list[Arrival] = []
+    there = threading.Semaphore(0)
+    seen: list[Tensor] = []
     with Staging("cuda", host_bytes=SLOTS * 1024, device_bytes=18_000) as staging:
+
+        def read() -> None:
+            for ranges, _ in jobs:
+                arrived.append(staging.bring(ranges))
+                there.release()
+
         before = torch.cuda.memory_allocated()
-        for ranges, _ in jobs:
-            arrival = staging.bring(ranges)
-            arrival.wait()
+        thread, errors = in_thread(read)
+        for i in range(len(jobs)):
+            assert there.acquire(timeout=PATIENCE)
+            arrived[i].wait()
             torch.cuda._sleep(100_000)
-            seen.append((arrival, arrival.buffer.clone()))
-            arrival.release()
-        copies = sum(-(-copy.numel() // 512) * 512 for _, copy in seen)
-        assert torch.cuda.memory_allocated() - before <= copies
-    for (arrival, copy), (_, contents) in zip(seen, jobs, strict=True):
+            seen.append(arrived[i].buffer.clone())
+            arrived[i].release()
+        thread.join(PATIENCE)
+        assert not errors
+        copies = sum(-(-copy.numel() // 512) * 512 for copy in seen)
+        assert torch.cuda.memory_allocated() - before <= copies, "nothing else was taken on the way"
+    for arrival, copy, (_, contents) in zip(arrived, seen, jobs, strict=True):
         assert same(arrival, copy.cpu(), contents)
