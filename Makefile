@@ -36,7 +36,7 @@ $(VENV)/.dependencies: constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -c constraints.txt $(TORCH_FLAGS) torch
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies pyproject.toml setup.py $(NATIVE_SOURCES)
+$(VENV)/.built: $(VENV)/.dependencies pyproject.toml setup.py build_cuda.py $(NATIVE_SOURCES)
 	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@$(BIN)/python -c 'from flexlora_fast import _native; print("native extension:", _native.reason or "built")'
 	@touch $@
@@ -69,6 +69,7 @@ bench: venv .demo-data/.downloaded  ## Speed against peers, on all cores: result
 bench-quick: venv  ## The same suite at small sizes, in about a minute
 	OMP_NUM_THREADS=1 $(BENCH) --quick --benchmark-json=.bench-data/quick.json
 	$(BIN)/python -m benchmarks.table --print .bench-data/quick.json
+	$(BIN)/python -m benchmarks.gathering --quick
 
 gpu:  ## Build, measure, check and test on a GPU, without a network, in 8 minutes: benchmarks/results/<its name>
 	$(GPU_PYTHON) -m benchmarks.gpu.gate

@@ -127,7 +127,7 @@ def test_every_header_stands_alone_and_keeps_to_what_nvrtc_has(header):
 
 @needs_gxx
 def test_blocks_of_threads_have_no_data_races(tmp_path):
-    """Every algorithm by 8 threads under ThreadSanitizer, and with the bits that one thread gives."""
+    """Every algorithm by 6 threads under ThreadSanitizer, and with the bits that one thread gives."""
     program = tmp_path / "races"
     flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-Wall", "-Wextra", "-Werror", "-I", ROOT / "csrc"]
     probe = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True).stdout

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast import _native
-from flexlora_fast.lowrank import filtered as twins
+from flexlora_fast.backends import small as twins
 
 if _native.extension is None:
     pytest.skip(f"no native extension: {_native.reason}", allow_module_level=True)
@@ -18,7 +18,7 @@ E = _native.extension.emulated
 SIZES = [1, 2, 7, 8, 31, 33, 64, 80, 127, 160, 200, 256]
 each_size = pytest.mark.parametrize("width", SIZES)
 # Ways of running: one thread in shared memory, and several with the matrices in global memory, as the largest are.
-WAYS = ({}, {"threads": 3, "workspace": True})
+WAYS = ({}, {"threads": 4, "workspace": True})
 
 
 def eye(width: int) -> Tensor:
@@ -61,7 +61,7 @@ def assert_whitens(T: Tensor, gram: Tensor, shift: float, tolerance: float) -> N
 @each_size
 def test_whitening(width, generator):
     G = grams(width, generator)
-    expected, shifted_there = twins._whitening(G)
+    expected, shifted_there = twins.whiten(G)
     T, T32, shifted = E.whiten(G)
     assert torch.equal(shifted, shifted_there)
     assert torch.equal(T32, T.float())
@@ -80,9 +80,7 @@ def test_whitening(width, generator):
 @each_size
 def test_conditioning(width, generator):
     G = grams(width, generator)
-    unit, norms, _ = twins._unit(G)
-    L, info = torch.linalg.cholesky_ex(unit + 1e-5 * eye(width))
-    expected = twins._inverse(L, info, norms).float()
+    expected = twins.condition(G).float()
     T = E.condition(G)
     for got, want in zip(T, expected, strict=True):
         assert (got - want).abs().max() <= 1e-6 * want.abs().max()
@@ -104,7 +102,8 @@ def test_the_small_eigenproblem(width, generator):
     assert torch.equal(small, small.mT)
     for i in range(len(G)):
         if i != 2:
-            expected = twins._symmetric(T[i : i + 1].mT @ C[i : i + 1] @ T[i : i + 1])[0]
+            expected = T[i].mT @ C[i] @ T[i]
+            expected = (expected + expected.mT) / 2
             assert (small[i] - expected).abs().max() <= 1e-13 * width * (T[i].abs().mT @ C[i].abs() @ T[i].abs()).max()
 
 
@@ -134,6 +133,34 @@ def test_rotation_to_the_ritz_vectors(width, last, generator):
     assert not scaled[2].any()
 
 
+def test_a_step_of_rayleigh_ritz(generator):
+    """From the Grams to the Ritz values and the rotation, as the twin has them."""
+    X = panels(40, 200, 30.0, generator, batch=2)
+    weights = torch.linspace(1, 5, 200, dtype=torch.float64).unsqueeze(1)
+    gram, core = X.mT @ X, X.mT @ (weights * X)
+    expected, turn, shifted_there = twins.ritz(gram, core)
+    T, small, shifted, spoiled = E.ritz(gram, core)
+    values, vectors = torch.linalg.eigh(small)
+    rotation, _, found = E.rotate(T, vectors.mT.contiguous(), values, spoiled, 40, False)
+    assert torch.equal(shifted, shifted_there)
+    assert torch.allclose(found, expected, rtol=1e-12)
+    # Vectors have no sign.
+    both = (X.float() @ turn).double().mT @ (X.float() @ rotation).double()
+    assert (both.abs() - eye(40)).abs().max() < 1e-4
+
+
+def test_a_matrix_without_a_factor_is_only_scaled(generator):
+    """Where not even the shift makes it positive: two columns whose product is larger than their norms allow."""
+    G = grams(12, generator)[:2]
+    G[1, 11, 0] = G[1, 0, 11] = 3 * G[1].diagonal().max()
+    expected, _ = twins.whiten(G)
+    T, _, shifted = E.whiten(G)
+    assert shifted.tolist() == [False, True]
+    assert torch.allclose(T, expected, rtol=1e-12)
+    assert torch.equal(E.condition(G)[1], T[1].float())
+    assert torch.equal(T[1], T[1].diagonal().diag())
+
+
 @each_size
 def test_threads_and_memory_make_no_difference(width, generator):
     G = grams(width, generator)
@@ -153,6 +180,27 @@ def test_a_layer_is_nobody_elses_business(generator):
     for i in range(len(G)):
         alone = E.ritz(G[i : i + 1], C[i : i + 1])
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
+
+
+@each_size
+def test_shared_memory_is_what_the_kernels_say(width):
+    """The formulas at the top of their files, which launches repeat; the code asks for what these functions give."""
+    packed, odd = width * (width + 1) // 2, width | 1
+    most = {
+        "flexlora_whiten": (10 * width + 8, packed),
+        "flexlora_condition": (10 * width + 8, packed),
+        "flexlora_ritz": (26 * width + 8, 2 * packed),
+        "flexlora_rotate": (64 * odd, 0),
+        "flexlora_root": (12 * width + 16, packed),
+        "flexlora_gram64": (5632, 0),
+        "flexlora_apply_right": (32 * ((width + 3) // 8 * 8 + 4) + 2688, 0),
+        "flexlora_scale": (288, 0),
+        "flexlora_energy": (288, 0),
+        "flexlora_jacobi_eigh": (3 * width, width * odd),
+        "flexlora_jacobi_svd": (3 * width, 2 * width * odd),
+    }
+    assert E.shared_bytes(width, workspace=True) == {name: 8 * fixed for name, (fixed, _) in most.items()}
+    assert E.shared_bytes(width, workspace=False) == {name: 8 * sum(parts) for name, parts in most.items()}
 
 
 def test_no_layers():

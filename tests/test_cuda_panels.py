@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexlora_fast import _native
 from flexlora_fast.backends import reference
-from flexlora_fast.lowrank import filtered as twins
+from flexlora_fast.backends import small as twins
 from tests.test_cuda_numerics import SIZES, panels
 
 if _native.extension is None:
@@ -40,7 +40,7 @@ def randn(*shape: int, generator: torch.Generator) -> Tensor:
 def test_products_in_float64(m, w, v, rows, generator):
     X, Y = randn(2, m, w, generator=generator), randn(2, m, v, generator=generator)
     Y[0] *= 1e-20
-    expected, bound = (twins._gram64(x, y) for x, y in ((X, Y), (X.abs(), Y.abs())))
+    expected, bound = (twins.gram64(x, y) for x, y in ((X, Y), (X.abs(), Y.abs())))
     Z = E.gram64(X, Y, rows=rows)
     assert ((Z - expected).abs() <= 1e-15 * max(m, 1) ** 0.5 * bound).all()
     assert torch.equal(Z, E.gram64(X, Y, rows=rows, threads=3))
@@ -194,14 +194,16 @@ def test_scaled_grams_and_their_energy(layers, size, generator):
         P[2, 0, 0] = math.nan
     d = torch.randn(layers, size, dtype=torch.float64, generator=generator)
     G, M = P.mT @ P, Q @ Q.mT
-    expected = twins._scaled(G.clone(), M.clone(), d)
+    expected = [G.clone(), M.clone()]
+    norms, there, total = twins.scale_grams(*expected, d)
     G2, M2 = G.clone(), M.clone()
     p, _, bad, energy = E.scale_grams(G2, M2, d)
-    for found, want in zip((G2, M2, p, bad), expected, strict=True):
+    for found, want in zip((G2, M2, p, bad), (*expected, norms, there), strict=True):
         assert torch.equal(found.double().nan_to_num(-7), want.double().nan_to_num(-7))
     truth = (expected[0].double() * expected[1].double()).sum(dim=(1, 2))
     scale = (expected[0].double() * expected[1].double()).abs().sum(dim=(1, 2))
     finite = truth.isfinite()
+    assert ((energy - total).abs() <= 1e-6 * scale)[finite].all()  # whose products are rounded to float32
     assert ((energy - truth).abs() <= 1e-14 * scale)[finite].all() and energy[~finite].isnan().all()
     if layers == 3:
         assert bad.tolist() == [False, True, True]

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -86,9 +87,9 @@ def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 def source(tmp_path_factory) -> Path:
     """This project as its source distribution, unpacked: what a build from the package index starts from."""
     folder = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt", "Makefile"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, folder)
+    files = "pyproject.toml setup.py build_cuda.py MANIFEST.in LICENSE README.md constraints.txt Makefile"
+    for name in files.split():
+        shutil.copy(ROOT / name, folder)
     for name in ("flexlora_fast", "kernels", "csrc"):
         # Also without what an in-place build left behind: the wheel must bring its own.
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
@@ -121,19 +122,22 @@ def install(folder: Path) -> Path:
 REPORT = """
 import json, flexlora_fast
 from flexlora_fast import _native, doctor, kernels
+from flexlora_fast.backends import launcher, nvrtc
 check = next(c for c in doctor.checks() if c.name == "extension")
-print(json.dumps([flexlora_fast.__file__, kernels.__file__, _native.reason, check.status]))
+places = [flexlora_fast.__file__, kernels.__file__, str(nvrtc.folder())]
+print(json.dumps([*places, _native.reason, check.status, launcher.not_compiled()]))
 """
 
 
 def report(target: Path) -> list[str | None]:
-    """Import the installed package in a fresh Python: package file, kernels file, reason, the doctor's status."""
+    """Import the installed package in a fresh Python: why no extension, the doctor's status, why no CUDA kernels."""
     done = python("-c", REPORT, cwd=target.parent, PYTHONPATH=str(target))
     assert done.returncode == 0, done.stderr
-    package, kernels, reason, status = json.loads(done.stdout)
+    package, kernels, cuda, *found = json.loads(done.stdout)
     assert package == str(target / "flexlora_fast" / "__init__.py")
     assert kernels == str(target / "flexlora_fast" / "kernels" / "__init__.py")
-    return [reason, status]
+    assert cuda == str(target / "flexlora_fast" / "csrc" / "cuda")
+    return found
 
 
 @pytest.mark.slow
@@ -149,9 +153,12 @@ def test_the_wheel_holds_everything_and_works(source, tmp_path):
         for path in (ROOT / "flexlora_fast").rglob("*")
         if path.is_file() and path.suffix not in {".so", ".pyc"} and path.name != "_build_info.json"
     } | {Path("flexlora_fast", "kernels", path.name) for path in (ROOT / "kernels").glob("*.*")}
+    expected |= {Path("flexlora_fast", "csrc", "cuda", path.name) for path in (ROOT / "csrc" / "cuda").glob("*.cuh")}
     assert not [str(path) for path in expected if not (target / path).exists()]
     assert list(target.glob("flexlora_fast-*.dist-info/licenses/LICENSE"))
-    assert report(target) == [None, "ok"]
+    reason, status, no_cuda = report(target)
+    assert (reason, status) == (None, "ok")
+    assert torch.version.cuda or f"torch {torch.__version__} is built without CUDA" in no_cuda
 
 
 @pytest.mark.slow
@@ -167,8 +174,9 @@ def test_without_extension_the_wheel_still_works_and_says_why(source, tmp_path, 
     done = build(source, tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     assert "building WITHOUT the native extension" in done.stdout
-    found, status = report(install(tmp_path))
+    found, status, no_cuda = report(install(tmp_path))
     assert found.startswith("it was not built: ") and reason in found and status == "absent"
+    assert found in no_cuda
 
 
 @pytest.mark.slow
@@ -178,8 +186,48 @@ def test_without_torch_at_build_time_the_wheel_still_works(source, tmp_path):
     (hidden / "torch.py").write_text("raise ImportError('hidden by a test')")
     done = build(source, tmp_path, PYTHONPATH=str(hidden))
     assert done.returncode == 0, done.stderr
-    found, status = report(install(tmp_path))
+    found, status, _ = report(install(tmp_path))
     assert re.search(r"torch cannot be imported .*--no-build-isolation", found) and status == "absent"
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_what_a_build_needs(source):
+    for folder, patterns in {"csrc": ("*.cpp", "*.h", "*.cu", "*.cuh"), "kernels": ("*.py", "*.json")}.items():
+        for path in (path for pattern in patterns for path in (ROOT / folder).rglob(pattern)):
+            assert (source / path.relative_to(ROOT)).exists(), path
+    assert (source / "build_cuda.py").exists() and list(source.glob("csrc/cuda/*.cu"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_cuda_kernels_are_built_where_asked_for(source, tmp_path):
+    """With any torch, for the named GPUs; and the extension loads without one."""
+    done = build(source, tmp_path, FLEXLORA_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    assert done.returncode == 0, done.stdout
+    assert "CUDA kernels for ['9.0']" in done.stdout
+    assert report(install(tmp_path)) == [None, "ok", None]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+def test_cuda_kernels_are_left_out_where_asked_for(source, tmp_path):
+    done = build(source, tmp_path, FLEXLORA_CUDA="0")
+    assert done.returncode == 0 and "no CUDA kernels: FLEXLORA_CUDA=0 was set" in done.stdout
+    reason, status, no_cuda = report(install(tmp_path))
+    assert (reason, status) == (None, "ok") and "FLEXLORA_CUDA=0 was set while building" in no_cuda
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"CUDA_HOME": "/nowhere"}, "there is no nvcc in /nowhere/bin"),
+        ({"FLEXLORA_NO_EXTENSION": "1"}, "FLEXLORA_NO_EXTENSION was set while building"),
+    ],
+)
+def test_cuda_without_what_it_takes_fails_the_build(source, tmp_path, environment, words):
+    done = build(source, tmp_path, FLEXLORA_CUDA="1", **environment)
+    assert done.returncode != 0 and f"FLEXLORA_CUDA=1, but {words}" in done.stdout.replace("no CUDA toolkit: ", "")
 
 
 @pytest.mark.slow

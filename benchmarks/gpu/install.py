@@ -32,6 +32,7 @@ print(json.dumps({
     "detours": launcher.detours() if torch.cuda.is_available() else "",
     "package": flexlora_fast.__file__, "extension": _native.reason or "built",
     "kernels": kernels.obstacle() or "usable",
+    "cuda kernels": launcher.path() or launcher.obstacle(),
     "torch": torch.__version__, "gpu": torch.cuda.is_available(),
 }))
 """

@@ -1,7 +1,7 @@
 // XᵀY in float64 for float32 panels X (m, w) and Y (m, v), which are never copied in float64: tiles of them go through
 // shared memory, and products of 8×8×4 blocks, widened as they are read, to the float64 tensor cores (sm_80 and later).
-// A product of two float32 numbers is exact in float64, so only the sums round. The twin: _gram64 of
-// flexlora_fast/lowrank/filtered.py.
+// A product of two float32 numbers is exact in float64, so only the sums round. The twin: gram64 of
+// flexlora_fast/backends/small.py.
 //
 // A thread block of 4 warps has 80×80 entries of the result: 2×2 warps, each every second 8×8 block of every second
 // row of blocks, so that narrower panels and triangles keep all of them busy. 32 rows of the panels are computed with

@@ -2,6 +2,18 @@
 
 #include "cuda/host.h"
 
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/apply_right.cuh"
+#include "cuda/gram64.cuh"
+#include "cuda/jacobi.cuh"
+#include "cuda/ritz.cuh"
+#include "cuda/root.cuh"
+#include "cuda/scale_grams.cuh"
+#include "cuda/whiten.cuh"
+
 namespace py = pybind11;
 
 namespace flexlora::host {
@@ -20,11 +32,29 @@ void add(py::module_& module, const char* name, const char* doc, Result (*functi
         names..., py::arg("threads") = 1, py::arg("workspace") = false, doc);
 }
 
+// Dynamic shared memory (bytes) of each kernel that has some, for l columns.
+std::map<std::string, long long> shared_bytes(int l, bool workspace) {
+    const bool inside = !workspace;
+    return {{"flexlora_whiten", whiten_shared(l, inside)},
+            {"flexlora_condition", whiten_shared(l, inside)},
+            {"flexlora_ritz", ritz_shared(l, inside)},
+            {"flexlora_rotate", rotate_shared(l)},
+            {"flexlora_root", root_shared(l, inside)},
+            {"flexlora_gram64", gram64_shared()},
+            {"flexlora_apply_right", apply_shared(l)},
+            {"flexlora_scale", total_shared()},
+            {"flexlora_energy", total_shared()},
+            {"flexlora_jacobi_eigh", jacobi_shared(l, inside ? 1 : 0)},
+            {"flexlora_jacobi_svd", jacobi_shared(l, inside ? 2 : 0)}};
+}
+
 }  // namespace
 
 void bind(py::module_ module) {
     using py::arg;
     module.doc() = "The device code of csrc/cuda on CPU tensors, for tests; see csrc/cuda/host.h.";
+    module.def("shared_bytes", &shared_bytes, arg("l"), arg("workspace"),
+               "Dynamic shared memory (bytes) of each kernel that has some: what a launch has to ask for.");
     add(module, "whiten", "gram (L, l, l) float64 -> T float64, T float32, shifted (L,) bool.", &whiten, arg("gram"));
     add(module, "condition", "gram (L, l, l) float64 -> T float32.", &condition, arg("gram"));
     add(module, "ritz", "G, C (L, l, l) float64 -> T, small, shifted (L,) bool, spoiled (L,) bool.", &ritz, arg("G"),

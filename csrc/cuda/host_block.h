@@ -18,8 +18,6 @@ struct Lane {
     int lane() const { return 0; }
     int lanes() const { return 1; }
     double sum(double x) const { return x; }
-    int column() const { return 0; }
-    int columns() const { return 1; }
 
     // Warps that one thread stands for, at most.
     static constexpr int slots(int warps) { return warps; }
@@ -64,6 +62,8 @@ public:
     bool any(bool x) { return x; }
     int row() const { return 0; }
     int rows() const { return 1; }
+    int column() const { return 0; }
+    int columns() const { return 1; }
     int team() const { return 0; }
     int teams() const { return 1; }
     int warp() const { return 0; }
@@ -91,8 +91,11 @@ public:
         sync();  // before the next question overwrites the answers
         return found;
     }
-    int row() const { return rank_; }
-    int rows() const { return size_; }
+    // Two columns where there can be: then entries of a row have other threads than the row in for_each, as on a GPU.
+    int row() const { return rank_ / columns(); }
+    int rows() const { return size_ / columns(); }
+    int column() const { return rank_ % columns(); }
+    int columns() const { return size_ % 2 == 0 ? 2 : 1; }
     int team() const { return rank_; }
     int teams() const { return size_; }
     int warp() const { return rank_; }

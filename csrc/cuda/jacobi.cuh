@@ -2,8 +2,9 @@
 // A pair a, b of columns with α = ‖a‖², β = ‖b‖², γ = aᵀb is turned by t = sign(ζ)/(|ζ| + √(1 + ζ²)), ζ = (β − α)/2γ
 // (Golub and Van Loan, Matrix Computations, 4th edition, section 8.6.3; the parallel order is round-robin: in each of
 // l − 1 rounds every column meets one other). Pairs of |γ| ≤ √(αβ)·√l·2⁻⁵² stay as they are, so that what comes out is
-// orthogonal to that, however short a column is (Demmel and Veselić, SIAM J. Matrix Anal. Appl. 13, 1992). Columns are
-// not sorted on the way: that doubled the sweeps of this order (l = 80, values 1/j: 9 without, 18 with).
+// orthogonal to that, down to columns of 1e-70 of the largest entry, where squares of squares vanish (Demmel and
+// Veselić, SIAM J. Matrix Anal. Appl. 13, 1992). Columns are not sorted on the way: that doubled the sweeps of this
+// order (l = 80, values 1/j: 9 without, 18 with).
 //
 // flexlora_jacobi_eigh: of a symmetric C, the columns of C + ‖C‖_F·I are rotated, which is positive semidefinite, and
 // so the normalised columns are the eigenvectors, and their norms less ‖C‖_F the eigenvalues. No V is gathered: l×l
@@ -21,7 +22,7 @@
 //       A (L, l, l) -> U, V (L, l, l) row by row, S (L, l) descending; converged (L,) bool.
 // What is not finite gives NaN, and converged false, as 60 sweeps without an end do.
 // Shared bytes: 8·(l·s + 3·l) with s = l + 1 − l mod 2 for eigh, 8·(2·l·s + 3·l) for svd, workspace = null: up to
-// l = 168 and 118 in 227 KB, 142 and 100 in 163 KB. Otherwise 8·3·l, and the matrices go through L2: workspace has
+// l = 168 and 119 in 227 KB, 142 and 101 in 163 KB. Otherwise 8·3·l, and the matrices go through L2: workspace has
 // L·l·s doubles for eigh, 2·L·l·s for svd.
 
 #pragma once
@@ -53,13 +54,12 @@ FLEXLORA_DEVICE bool rotate_pair(Block& block, double* A, double* V, int l, int 
         gamma += a[x] * b[x];
     }
     alpha = block.sum(alpha), beta = block.sum(beta), gamma = block.sum(gamma);
-    const double rounding = ROUNDING * sqrt(static_cast<double>(l));
-    if (!(fabs(gamma) > rounding * sqrt(alpha) * sqrt(beta))) return false;
+    if (!(gamma * gamma > ROUNDING * ROUNDING * l * alpha * beta)) return false;
     const double zeta = (beta - alpha) / (2 * gamma);
     // The square of a large one can overflow, and adds nothing.
     const double t = fabs(zeta) > 1e8 ? 0.5 / zeta : (zeta < 0 ? -1.0 : 1.0) / (fabs(zeta) + sqrt(1 + zeta * zeta));
     // Rutishauser's form (Numer. Math. 9, 1966): small turns round small changes, and leave the rest as it is.
-    const double c = 1 / sqrt(1 + t * t), s = c * t, tau = s / (1 + c);
+    const double root = sqrt(1 + t * t), s = t / root, tau = t / (1 + root);
     const auto turn = [&](double* left, double* right) {
         for (int x = block.lane(); x < l; x += block.lanes()) {
             const double old = left[x];

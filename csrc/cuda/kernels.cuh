@@ -5,6 +5,7 @@
 #include "apply_right.cuh"
 #include "chebyshev.cuh"
 #include "gram64.cuh"
+#include "jacobi.cuh"
 #include "ritz.cuh"
 #include "root.cuh"
 #include "scale_grams.cuh"
@@ -18,6 +19,8 @@
     kernel(flexlora_energy)      \
     kernel(flexlora_gram64)      \
     kernel(flexlora_gram64_sum)  \
+    kernel(flexlora_jacobi_eigh) \
+    kernel(flexlora_jacobi_svd)  \
     kernel(flexlora_norms)       \
     kernel(flexlora_ritz)        \
     kernel(flexlora_root)        \

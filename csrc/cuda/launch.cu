@@ -91,8 +91,11 @@ std::string obstacle(int device) {
     if (status == cudaSuccess) {
         const OnDevice on_device(device);
         status = on_device.status();
-        cudaFuncAttributes attributes;
-        if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernels().begin()->second.function);
+        // This also loads them all: while a CUDA graph is captured it would be too late.
+        for (const auto& [name, kernel] : kernels()) {
+            cudaFuncAttributes attributes;
+            if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel.function);
+        }
     }
     cudaGetLastError();
     if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorUnsupportedPtxVersion) {

@@ -4,11 +4,7 @@
 
 #include <optional>
 
-#include "cuda/apply_right.cuh"
 #include "cuda/kernel.h"
-#include "cuda/ritz.cuh"
-#include "cuda/root.cuh"
-#include "cuda/scale_grams.cuh"
 #ifdef FLEXLORA_WITH_CUDA
 #include "cuda/launch.h"
 #endif
@@ -19,8 +15,17 @@ namespace flexlora::cuda {
 namespace {
 
 // torch.float64 -> "float64"
-std::string dtype_name(const py::handle& tensor) {
-    const std::string name = py::str(tensor.attr("dtype"));
+std::string dtype_name(const py::handle& object, const at::Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case at::kDouble: return "float64";
+        case at::kFloat: return "float32";
+        case at::kLong: return "int64";
+        case at::kInt: return "int32";
+        case at::kByte: return "uint8";
+        case at::kBool: return "bool";
+        default: break;  // for a message alone, so it may be slow
+    }
+    const std::string name = py::str(object.attr("dtype"));
     return name.substr(name.find('.') + 1);
 }
 
@@ -29,10 +34,9 @@ Argument argument_of(const py::handle& object, int device) {
     PyObject* const pointer = object.ptr();
     if (THPVariable_Check(pointer)) {
         const at::Tensor& tensor = THPVariable_Unpack(pointer);
-        const std::string type = dtype_name(object);
-        if (tensor.is_cuda() != (device >= 0) || tensor.get_device() != device) {
-            return Other{"a tensor of " + type + " on " + tensor.device().str()};
-        }
+        const std::string type = dtype_name(object, tensor);
+        const bool here = device < 0 ? tensor.is_cpu() : tensor.is_cuda() && tensor.get_device() == device;
+        if (!here) return Other{"a tensor of " + type + " on " + tensor.device().str()};
         return Address{reinterpret_cast<std::uintptr_t>(tensor.data_ptr()), type};
     }
     if (object.is_none()) return Address{0, ""};
@@ -54,7 +58,7 @@ std::vector<Argument> arguments_of(const py::sequence& objects, int device) {
 
 }  // namespace
 
-void bind_checks(py::module_& module) {
+void bind_slots(py::module_& module) {
     module.def(
         "slots",
         [](const std::string& name, const std::vector<std::string>& parameters, const py::sequence& arguments) {
@@ -66,23 +70,6 @@ void bind_checks(py::module_& module) {
         },
         py::arg("name"), py::arg("parameters"), py::arg("arguments"),
         "The eight bytes that each argument of a launch becomes, for tensors on the CPU.");
-    module.def(
-        "shared_bytes",
-        [](int l, bool in_shared) {
-            return std::map<std::string, long long>{
-                {"flexlora_apply_right", apply_shared(l)},
-                {"flexlora_condition", whiten_shared(l, in_shared)},
-                {"flexlora_energy", total_shared()},
-                {"flexlora_gram64", gram64_shared()},
-                {"flexlora_ritz", ritz_shared(l, in_shared)},
-                {"flexlora_root", root_shared(l, in_shared)},
-                {"flexlora_rotate", rotate_shared(l)},
-                {"flexlora_scale", total_shared()},
-                {"flexlora_whiten", whiten_shared(l, in_shared)},
-            };
-        },
-        py::arg("l"), py::arg("in_shared"),
-        "The dynamic shared memory that each kernel counts on for l columns, with or without its packed matrix there.");
 }
 
 #ifdef FLEXLORA_WITH_CUDA

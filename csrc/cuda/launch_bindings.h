@@ -6,8 +6,8 @@
 
 namespace flexlora::cuda {
 
-// What the host functions have to agree with, for tests on the CPU: _C.emulated.slots and .shared_bytes.
-void bind_checks(pybind11::module_& module);
+// How arguments are converted, for tests on the CPU: flexlora_fast._C.emulated.slots.
+void bind_slots(pybind11::module_& module);
 
 #ifdef FLEXLORA_WITH_CUDA
 // flexlora_fast._C.cuda.

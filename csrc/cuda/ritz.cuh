@@ -1,6 +1,6 @@
 // The small eigenproblem of a Rayleigh-Ritz step, before and after the eigensolver: for G = XᵀH, C = HᵀY it is that of
 // Tᵀ·C·T with Tᵀ·G·T = I (whiten.cuh), and X·T·V are the Ritz vectors for its eigenvectors V.
-// The twin: _rayleigh_ritz and _last_pass of flexlora_fast/lowrank/filtered.py.
+// The twin: ritz of flexlora_fast/backends/small.py.
 //
 // Kernels:
 //   flexlora_ritz(G, C, T, small, shifted, spoiled, workspace, l)

@@ -13,8 +13,8 @@
 //   flexlora_root(gram, T, rank, again, only, workspace, l)    gram (L, l, l) -> T (L, l, l) float64; rank (L,) int32:
 //       columns kept, −1 and T = 0 where the Gram matrix is not finite; again (L,) bool, or null. only: null, or (L,)
 //       bool of the layers to compute; nothing is written for others.
-// Shared bytes: 8·(l(l+1)/2 + 12·l + 24) with workspace = null, up to l = 228 in 227 KB and l = 192 in 163 KB.
-// Otherwise 8·(12·l + 24), and the packed matrix goes through L2: workspace has L·l(l+1)/2 doubles.
+// Shared bytes: 8·(l(l+1)/2 + 12·l + 16) with workspace = null, up to l = 228 in 227 KB and l = 192 in 163 KB.
+// Otherwise 8·(12·l + 16), and the packed matrix goes through L2: workspace has L·l(l+1)/2 doubles.
 
 #pragma once
 
@@ -27,8 +27,8 @@ namespace flexlora {
 constexpr double DROPPED = 1e-12;
 constexpr double SKEWED = 1e-10;
 
-// whitening_doubles, the diagonal, candidates of the search, and 2·l + SEARCHERS integers.
-FLEXLORA_FORMULA int root_doubles(int l) { return whitening_doubles(l) + 2 * l + SEARCHERS + SEARCHERS / 2; }
+// whitening_doubles, the diagonal, and 2·l + SEARCHERS integers.
+FLEXLORA_FORMULA int root_doubles(int l) { return whitening_doubles(l) + 2 * l + SEARCHERS / 2; }
 
 FLEXLORA_FORMULA long long root_shared(int l, bool in_shared) {
     return 8LL * (root_doubles(l) + (in_shared ? packed(l) : 0));
@@ -37,15 +37,17 @@ FLEXLORA_FORMULA long long root_shared(int l, bool in_shared) {
 // Pivots as they come.
 struct Pivoting {
     double* diagonal;  // l: what is left of it
-    double* best;  // SEARCHERS: the largest entry of each
-    int* best_index;  // SEARCHERS
+    int* found;  // SEARCHERS: where the largest entry of each is, or −1
     int* order;  // l: how many were eliminated before i; l where it is not yet
     int* pivot_at;  // l: the other way round
     int l;
 
     FLEXLORA_DEVICE Pivoting(double* memory, int size)
-        : diagonal(memory), best(memory + size), best_index(reinterpret_cast<int*>(best + SEARCHERS)),
-          order(best_index + SEARCHERS), pivot_at(order + size), l(size) {}
+        : diagonal(memory),
+          found(reinterpret_cast<int*>(memory + size)),
+          order(found + SEARCHERS),
+          pivot_at(order + size),
+          l(size) {}
     FLEXLORA_DEVICE int when(int i) const { return order[i]; }
 };
 
@@ -62,16 +64,16 @@ FLEXLORA_DEVICE int next_pivot(Block& block, const Pivoting& order, const double
             order.diagonal[i] = left;
             if (left > best) best = left, index = i;
         }
-        order.best[s] = best;
-        order.best_index[s] = index;
+        order.found[s] = index;
     });
     block.sync();
     double best = DROPPED;
     int index = -1;
     for (int s = 0; s < SEARCHERS; ++s) {
-        const int i = order.best_index[s];
-        const double x = order.best[s];
-        if (i >= 0 && (x > best || (x == best && i < index))) best = x, index = i;
+        const int i = order.found[s];
+        if (i < 0) continue;
+        const double x = order.diagonal[i];
+        if (x > best || (x == best && i < index)) best = x, index = i;
     }
     return index;
 }

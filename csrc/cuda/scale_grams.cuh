@@ -1,7 +1,7 @@
 // G = PᵀP and M = QQᵀ (W×W float32) scaled in place, so that G has unit diagonal: with p, q the roots of the diagonals
 // and c = d·p·q, G_ij becomes G_ij/p_i/p_j and M_ij becomes M_ij·r_i·r_j for r = c/q, where columns of zeros have a
-// norm of 1; and the energy ⟨M, G⟩ of what comes out, summed in float64 from exact products. The twins: _scaled and
-// _inner of flexlora_fast/lowrank/filtered.py, whose roundings of G and M are kept bit for bit.
+// norm of 1; and the energy ⟨M, G⟩ of what comes out, summed in float64 from exact products. The twin: scale_grams
+// of flexlora_fast/backends/small.py, whose roundings of G and M are kept bit for bit.
 //
 // Three kernels, in this order, each of blocks of 256:
 //   flexlora_norms(G, M, d, p, r, bad, d_layer, W)    G, M (L, W, W), d float64 at layer·d_layer (0: the same for all)

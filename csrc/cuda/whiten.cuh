@@ -1,7 +1,7 @@
 // T (l×l, upper triangular, float64) with Tᵀ·G·T = I for Gram matrices G, by Cholesky's factorisation of the unit
 // diagonal form: G = D·U·D, U = L·Lᵀ, T = D⁻¹·L⁻ᵀ. Where U is too near to a singular matrix for its pivots to be more
 // than rounding, that of U + 1e-5·I (shifted Cholesky QR: Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa, SIAM J.
-// Sci. Comput. 42, 2020). The twin: _whitening and _conditioned of flexlora_fast/lowrank/filtered.py.
+// Sci. Comput. 42, 2020). The twin: whiten and condition of flexlora_fast/backends/small.py.
 //
 // Kernels (one thread block of 256 a matrix, grid = number of matrices):
 //   flexlora_whiten(gram, T, T32, shifted, workspace, l)     gram (L, l, l) float64 -> T (L, l, l) float64 and T32, the
@@ -83,7 +83,6 @@ FLEXLORA_DEVICE void factor_shifted(Block& block, const double* gram, const Whit
         if (i > j) e.A[slot(i, j)] = 0.0;
     });
     for_each(block, e.l, [&](int i) { e.pivots[i] = 1.0; });
-    block.sync();
 }
 
 // The factor of the unit diagonal form of `gram`, and whether it had to be shifted.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flexlora_fast.backends import eigen
 from flexlora_fast.backends.launcher import launch
+from flexlora_fast.backends.transfer import moved
 
 _MOST = 65535  # blocks of a grid's second extent
 # Rows of a panel that one block of gram64 adds up. Of the shape alone, so that results do not depend on how many
@@ -33,7 +34,7 @@ def signs(addresses: Sequence[tuple[int, int]], rows: int, cols: int, *, device:
         raise ValueError(f"signs of {rows} rows and {cols} columns: a matrix must have less than 2^32 entries")
     out = torch.empty(len(addresses), rows, cols, device=device)
     if out.numel():
-        pairs = torch.tensor(list(addresses), dtype=torch.int64).to(device)
+        pairs = moved(torch.tensor(list(addresses), dtype=torch.int64), device)
         grid = (len(addresses), min(_ceil(quads, 256), _MOST))
         launch("flexlora_signs", grid, (256,), (pairs, rows, cols, out), device=device)
     return out
@@ -99,6 +100,15 @@ def ritz(gram: Tensor, core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return found, rotation, shifted
 
 
+def singular(gram: Tensor, core: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S (L, k) float64, both sides' rotations (L, l, k) float32, shifted (L,) bool: ``small.singular``."""
+    T, small, shifted, spoiled = ritz_begin(gram, core)
+    values, vectors = eigen.on_cuda()[1](small)
+    S, rotation, scaled = ritz_end(T, values, vectors, spoiled, k, last=True)
+    assert scaled is not None
+    return S, rotation, scaled, shifted
+
+
 def ritz_begin(gram: Tensor, core: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """T and C = Tᵀ·core·T (L, l, l) float64 with Tᵀ·gram·T = I; shifted as ``whiten`` has it, and spoiled, (L,) bool.
 
@@ -147,6 +157,34 @@ def ritz_end(
     return found, rotation, scaled
 
 
+def jacobi_eigh(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues (L, l) ascending and eigenvectors (L, l, l), one a column, of the symmetric float64 C (L, l, l).
+
+    As ``torch.linalg.eigh`` has them; and whether they converged, (L,) bool: what is not finite gives NaN, and false.
+    """
+    L, l = _square("C", C)  # noqa: E741
+    values, rows, converged = torch.empty_like(C[:, 0]), torch.empty_like(C), _unwritten(C, torch.bool)
+    if C.numel():
+        workspace, shared = _memory(C, 3 * l, l * (l | 1))
+        arguments = (C, values, rows, converged, workspace, l)
+        launch("flexlora_jacobi_eigh", (L,), _pairs(l), arguments, shared_bytes=shared, device=C.device)
+    return values, rows.mT, converged
+
+
+def jacobi_svd(A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U (L, l, l), S (L, l) descending and V (L, l, l) with A = U·diag(S)·Vᵀ, for float64 A (L, l, l).
+
+    Columns of U whose S is 0 are 0. The last: whether they converged, (L,) bool, as ``jacobi_eigh`` has it.
+    """
+    L, l = _square("A", A)  # noqa: E741
+    U, S, V, converged = torch.empty_like(A), torch.empty_like(A[:, 0]), torch.empty_like(A), _unwritten(A, torch.bool)
+    if A.numel():
+        workspace, shared = _memory(A, 3 * l, 2 * l * (l | 1))
+        arguments = (A, U, S, V, converged, workspace, l)
+        launch("flexlora_jacobi_svd", (L,), _pairs(l), arguments, shared_bytes=shared, device=A.device)
+    return U, S, V, converged
+
+
 def orthonormalize(Y: Tensor) -> Tensor:
     """An orthonormal basis (L, m, l) float32 of the columns of Y, zeros at the places of dependent ones.
 
@@ -171,7 +209,7 @@ def root(gram: Tensor, only: Tensor | None = None) -> tuple[Tensor, Tensor, Tens
     rank = _unwritten(gram, torch.int32, whole=only is None)
     again = _unwritten(gram, torch.bool, whole=only is None)
     if T.numel():
-        workspace, shared = _memory(gram, 12 * l + 24, _packed(l))
+        workspace, shared = _memory(gram, 12 * l + 16, _packed(l))
         arguments = (gram, T, rank, again, only, workspace, l)
         launch("flexlora_root", (L,), (256,), arguments, shared_bytes=shared, device=gram.device)
     return T, rank, again
@@ -258,6 +296,11 @@ def _unwritten(matrices: Tensor, dtype: torch.dtype, *, whole: bool = True) -> T
     """One number for each matrix, for a kernel to write; zeros where it may not write the ``whole``."""
     make = torch.empty if whole and matrices.numel() else torch.zeros
     return make(matrices.shape[0], dtype=dtype, device=matrices.device)
+
+
+def _pairs(l: int) -> tuple[int]:  # noqa: E741
+    """Threads for l columns that are rotated in pairs: 8 a pair, in whole warps, 512 at most."""
+    return (min(512, _ceil(8 * _ceil(l, 2), 32) * 32),)
 
 
 def _packed(l: int) -> int:  # noqa: E741

@@ -67,6 +67,13 @@ def _index(device: torch.device | None) -> int:
     return torch.cuda.current_device() if device is None or device.index is None else device.index
 
 
+def _way(device: torch.device) -> Way | None:
+    """The way taken on a GPU, which every launch asks for."""
+    if not torch.cuda.is_available():
+        return None
+    return next(iter(_ways(_index(device))[0].values()), None)
+
+
 def path(device: torch.device | None = None) -> str | None:
     """The way taken on a GPU, the current one by default: "compiled", "NVRTC through CuPy", or None."""
     if not torch.cuda.is_available():
@@ -90,17 +97,17 @@ def usable(device: torch.device) -> bool:
     """Whether kernels can be launched on ``device``. Warns, once, where it is a GPU and they cannot."""
     if device.type != "cuda":
         return False
-    reason = obstacle(device)
-    if reason is not None:
-        _warn(reason)
-    return reason is None
+    if _way(device) is not None:
+        return True
+    _warn(obstacle(device))
+    return False
 
 
 @functools.cache
-def _warn(reason: str) -> None:
+def _warn(reason: str | None) -> None:
     warnings.warn(
-        f"the small dense problems of rounds on this GPU are solved by torch, which takes several times longer than "
-        f"CUDA kernels would ({reason}); {REMEDY}",
+        f"the small dense problems of rounds on this GPU are solved by many operations of torch's, since there is no "
+        f"way to their CUDA kernels ({reason}); {REMEDY}",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -125,10 +132,10 @@ def launch(
     """
     if device.type != "cuda":
         raise ValueError(f"kernel '{name}' runs on a CUDA GPU only, not on {device}")
-    if (reason := obstacle(device)) is not None:
-        raise BackendError(f"kernel '{name}' cannot be launched on {device} ({reason}); {REMEDY}")
+    way = _way(device)
+    if way is None:
+        raise BackendError(f"kernel '{name}' cannot be launched on {device} ({obstacle(device)}); {REMEDY}")
     index = _index(device)
-    (way,) = _ways(index)[0].values()
     stream = torch.cuda.current_stream(index).cuda_stream
     try:
         way.launch(name, _extents(name, grid), _extents(name, block), shared_bytes, index, stream, arguments)

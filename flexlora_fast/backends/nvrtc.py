@@ -58,7 +58,7 @@ def _parameter(declared: str) -> str:
 def obstacle(device: int) -> str | None:
     """Why kernels cannot be compiled for and launched on the GPU of that index; None if they can.
 
-    Compiles them, unless they were before.
+    Compiles them, unless they were before, and loads them: while a CUDA graph is captured it would be too late.
     """
     if not (folder() / "kernels.cuh").exists():
         return f"the CUDA sources are not in {folder()}: reinstall flexlora_fast"
@@ -70,7 +70,7 @@ def obstacle(device: int) -> str | None:
     try:
         with cupy.cuda.Device(device):
             for name in kernels():
-                _ = _compiled(name).kernel
+                _ = _compiled(name).num_regs
     except Exception as error:
         return f"CuPy cannot compile them ({type(error).__name__}: {error})"
     return None
@@ -165,7 +165,7 @@ def _described(argument: Any, device: int) -> str:
 
 def _lies_on(tensor: torch.Tensor, device: int) -> bool:
     """Whether it is on the GPU of that index; −1: on the CPU."""
-    return tensor.is_cuda == (device >= 0) and tensor.get_device() == device
+    return tensor.is_cuda and tensor.get_device() == device if device >= 0 else tensor.is_cpu
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
