@@ -218,6 +218,10 @@ def test_an_extension_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch
     assert ops.of_extension("whiten", "cuda") == "built without nvcc"
 
 
+def test_the_small_problems_that_are_timed_are_in_the_engine() -> None:
+    assert ops.SmallProblems().absent == []
+
+
 def test_the_engine_streams_through_the_limit_that_it_is_given() -> None:
     round_ = models.ModelRound("round-7b", models.decoder(1, 64, 64, 172), (4,) * 3)
     states = streamed.drawn(round_, 3, "cpu")

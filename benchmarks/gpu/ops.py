@@ -37,8 +37,10 @@ _WORK = {
 # solver of whole groups, and in those of single layers.
 SMALL = (
     ("flexlora_fast.backends.small", "ritz"),
+    ("flexlora_fast.backends.small", "singular"),
     ("flexlora_fast.backends.small", "whiten"),
     ("flexlora_fast.backends.small", "condition"),
+    ("flexlora_fast.backends.small", "orthonormalize"),
     ("flexlora_fast.backends.reference", "orthonormalize"),
     ("flexlora_fast.backends.reference", "eigh_small"),
 )
