@@ -69,6 +69,7 @@ bench: venv .demo-data/.downloaded  ## Speed against peers, on all cores: result
 bench-quick: venv  ## The same suite at small sizes, in about a minute
 	OMP_NUM_THREADS=1 $(BENCH) --quick --benchmark-json=.bench-data/quick.json
 	$(BIN)/python -m benchmarks.table --print .bench-data/quick.json
+	$(BIN)/python -m benchmarks.gathering --quick
 
 gpu:  ## Build, measure, check and test on a GPU, without a network, in 8 minutes: benchmarks/results/<its name>
 	$(GPU_PYTHON) -m benchmarks.gpu.gate

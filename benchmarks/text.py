@@ -37,7 +37,14 @@ def mebibytes(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.2g} %"
+    """Two digits, or all of a hundred.
+
+    >>> percent(0.0123), percent(0.999), percent(None)
+    ('1.2 %', '100 %', '–')
+    """
+    if value is None:
+        return "–"
+    return f"{100 * value:.2g} %" if value < 0.995 else f"{100 * value:.0f} %"
 
 
 def target_table(checks: Sequence[Check]) -> str:

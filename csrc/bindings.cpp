@@ -6,7 +6,9 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "cpu/gather.h"
 #include "cpu/matmul.h"
@@ -35,6 +37,25 @@ flexlora::cpu::Ranges ranges_of(const Int64& descriptor, const Int64& start, con
                           descriptor.size(), " numbers in ", array->ndim(), " dimensions: expected (N,) for all four");
     }
     return {descriptor.size(), descriptor.data(), start.data(), nbytes.data(), target.data()};
+}
+
+// What lies at an address that Python knows.
+template <typename T>
+T at_address(uintptr_t address) {
+    return reinterpret_cast<T>(address);
+}
+
+std::vector<void*> handles(const std::vector<uintptr_t>& numbers) {
+    std::vector<void*> result;
+    for (const uintptr_t number : numbers) result.push_back(at_address<void*>(number));
+    return result;
+}
+
+char* bytes_of(const at::Tensor& buffer) {
+    flexlora::require(buffer.device().is_cpu() && buffer.scalar_type() == at::kByte && buffer.is_contiguous(),
+                      "a buffer is ", buffer.scalar_type(), " on ", buffer.device(),
+                      ": expected contiguous bytes on the CPU");
+    return static_cast<char*>(buffer.mutable_data_ptr());
 }
 
 }  // namespace
@@ -78,9 +99,7 @@ Raises ValueError, quoting the value, where shapes, types or devices do not fit.
         [](const Int64& descriptor, const Int64& start, const Int64& nbytes, const Int64& target, at::Tensor out,
            int64_t threads) -> std::optional<std::pair<int64_t, int>> {
             const auto ranges = ranges_of(descriptor, start, nbytes, target);
-            flexlora::require(out.device().is_cpu() && out.scalar_type() == at::kByte && out.is_contiguous(),
-                              "out is ", out.scalar_type(), " on ", out.device(), ": expected contiguous bytes on the CPU");
-            char* const buffer = static_cast<char*>(out.mutable_data_ptr());
+            char* const buffer = bytes_of(out);
             const py::gil_scoped_release release;
             const auto failure = flexlora::cpu::gather(ranges, buffer, out.numel(), threads);
             return failure ? std::optional(std::pair(failure->range, failure->error)) : std::nullopt;
@@ -93,6 +112,42 @@ descriptor, start, nbytes, target: (N,) int64. A range comes from byte start of 
 address start where descriptor is -1, and goes to byte target of out (contiguous uint8 on the CPU).
 Returns None, or the first range that could not be read and its errno (0: its file ends too early).
 Raises ValueError before anything is read where a range does not fit out.)doc");
+    m.def(
+        "stage",
+        [](const Int64& descriptor, const Int64& start, const Int64& nbytes, const Int64& target, uint64_t to,
+           int64_t size, const std::vector<at::Tensor>& slots, size_t first,
+           const std::tuple<uintptr_t, uintptr_t, uintptr_t>& functions, const std::vector<uintptr_t>& streams,
+           const std::vector<uintptr_t>& done, int64_t threads) -> std::optional<std::tuple<int64_t, int, int>> {
+            using flexlora::cpu::Device;
+            const auto ranges = ranges_of(descriptor, start, nbytes, target);
+            flexlora::cpu::Slots memory{{}, handles(done), slots.empty() ? 0 : slots[0].numel(), first};
+            for (const at::Tensor& slot : slots) memory.memory.push_back(bytes_of(slot));
+            flexlora::require(memory.bytes > 0 && slots.size() == done.size() && !streams.empty(), slots.size(),
+                              " slots of ", memory.bytes, " bytes, ", done.size(), " events and ", streams.size(),
+                              " streams: expected at least one of each, and an event for each slot");
+            for (const at::Tensor& slot : slots) {
+                flexlora::require(slot.numel() == memory.bytes, "slots of ", slot.numel(), " and ", memory.bytes, " bytes");
+            }
+            const Device device{at_address<decltype(Device::copy)>(std::get<0>(functions)),
+                                at_address<decltype(Device::record)>(std::get<1>(functions)),
+                                at_address<decltype(Device::wait)>(std::get<2>(functions)), handles(streams)};
+            const py::gil_scoped_release release;
+            const auto refusal = flexlora::cpu::stage(ranges, to, size, memory, device, threads);
+            if (!refusal) return std::nullopt;
+            return std::tuple(refusal->failure.range, refusal->failure.error, refusal->device);
+        },
+        py::arg("descriptor"), py::arg("start"), py::arg("nbytes"), py::arg("target"), py::arg("to"), py::arg("size"),
+        py::arg("slots"), py::arg("first"), py::arg("functions"), py::arg("streams"), py::arg("done"),
+        py::arg("threads"),
+        R"doc(Copy N ranges of bytes through slots to a device; flexlora_fast.staging holds the twin.
+
+descriptor, start, nbytes, target: as for gather, of a buffer of `size` bytes at the device's address `to`.
+slots: contiguous uint8 on the CPU, of one size. They are filled in turn, from `first` on, by `threads` threads, each
+once the event done[i] has come that tells of the last copy from it.
+functions: addresses of copy(target, source, nbytes, stream), record(event, stream) and wait(event), as CUDA's driver
+has them; streams, done: handles for them. Only the calling thread calls them, without the GIL.
+Returns None when all copies have begun, or (range, errno, device): the first range that could not be read and its
+errno, or, where it is not 0, what the device answered.)doc");
     py::module_ emulated = m.def_submodule("emulated");
     flexlora::host::bind(emulated);
     emulated.def("signs", &flexlora::host::signs, py::arg("addresses"), py::arg("rows"), py::arg("cols"),

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexlora_fast import arrays, folder, layouts, values, variants
 from flexlora_fast import config as configs
-from flexlora_fast import folder, layouts, values, variants
+from flexlora_fast.arrays import Array
 from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.facts import LayerFacts
@@ -42,7 +43,7 @@ class Adapter:
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Array],
         config: Any,
         *,
         client: str | None = None,
@@ -55,8 +56,9 @@ class Adapter:
             self.skeleton = Skeleton.of_file(tensors, config, client, initial)
             self._tensors = tensors.renamed(self.skeleton.names)
         else:
-            self.skeleton = Skeleton.of(tensors, config, client, facts, initial)
-            self._tensors = {key: tensors[name].detach() for key, name in self.skeleton.names.items()}
+            shared = arrays.as_tensors(tensors, client)
+            self.skeleton = Skeleton.of(shared, config, client, facts, initial)
+            self._tensors = {key: shared[name].detach() for key, name in self.skeleton.names.items()}
 
     # -- ways in ---
 
@@ -96,7 +98,7 @@ class Adapter:
     @classmethod
     def from_state_dict(
         cls,
-        state_dict: Mapping[str, Tensor],
+        state_dict: Mapping[str, Array],
         config: Any,
         client: str | None = None,
         *,
@@ -105,7 +107,10 @@ class Adapter:
         """An adapter from what ``peft.get_peft_model_state_dict`` returns and its config (``LoraConfig`` or
         dict).
 
-        The tensors are kept, not copied, and never written to. ``initial``: PiSSA, OLoRA, CorDA and LoRA-GA
+        Values are torch tensors, or arrays with ``__dlpack__`` (CuPy, NumPy, JAX) on any device that torch sees, mixed
+        as they come. They are kept where they are, alive, not copied, and never written to; so read-only arrays are
+        taken as well, but torch has no such tensors: do not write to what ``factors`` or ``state_dict`` give back.
+        ``initial``: PiSSA, OLoRA, CorDA and LoRA-GA
         take s·B0·A0 out of the base weight before training, so their update is s(BA − B0A0); given the
         adapter as it was before training, that update is represented exactly by the factors [B, −B0] and [A;
         A0] of rank 2r at the same scale, over the *original* base weight (as PEFT's
@@ -113,6 +118,13 @@ class Adapter:
 
         Raises ``AdapterError`` for tensors or a config that contradict themselves or each other, and
         ``UnsupportedAdapterError`` where ΔW is not s·B·A.
+
+        >>> import numpy as np
+        >>> A, B = np.ones((2, 3), dtype="f4"), np.ones((4, 2), dtype="f4")
+        >>> state = {"fc.lora_A.weight": A, "fc.lora_B.weight": B}
+        >>> adapter = Adapter.from_state_dict(state, {"r": 2, "lora_alpha": 8})
+        >>> adapter.factors("fc")[0].data_ptr() == A.ctypes.data
+        True
         """
         if initial is None:
             return cls(state_dict, config, client=client)
@@ -265,7 +277,14 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by PEFT's checkpoint keys, ready for ``peft.set_peft_model_state_dict``; not copied, or fresh
-        from the file.
+        from the file. ``from_dlpack`` of CuPy, NumPy and JAX takes each of them as it is, without a copy.
+
+        >>> import numpy as np
+        >>> state = {"fc.lora_A.weight": torch.ones(2, 3), "fc.lora_B.weight": torch.ones(4, 2)}
+        >>> tensors = Adapter.from_state_dict(state, {"r": 2}).state_dict()
+        >>> A = np.from_dlpack(tensors["base_model.model.fc.lora_A.weight"])
+        >>> A.shape, A.ctypes.data == state["fc.lora_A.weight"].data_ptr()
+        ((2, 3), True)
         """
         return self._read(self.skeleton.names, None)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from flexlora_fast import _native
 
 MEMORY = -1  # the descriptor of what lies in memory
+_LAST_DESCRIPTOR = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def _check(ranges: Ranges, target: np.ndarray, out: Tensor) -> None:
         raise ValueError(f"out is {out.dtype} on {out.device}: expected contiguous bytes on the CPU")
     start, nbytes, size = ranges.start, ranges.nbytes, out.numel()
     first = np.where(ranges.descriptor == MEMORY, 1, 0)
-    wrong = (ranges.descriptor < MEMORY) | (nbytes < 0) | ((nbytes > 0) & (start < first))
+    wrong = (ranges.descriptor < MEMORY) | (ranges.descriptor > _LAST_DESCRIPTOR) | (nbytes < 0)
+    wrong |= (nbytes > 0) & ((start < first) | (start > np.iinfo(np.int64).max - nbytes.clip(0)))
     wrong |= (target < 0) | (target > size) | (nbytes > size - target)
     if wrong.any():
         i = int(wrong.argmax())

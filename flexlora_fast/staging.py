@@ -7,7 +7,6 @@ first to make room again. So neither side ever holds more than it was given, and
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 from collections import deque
@@ -19,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexlora_fast import memory, streams
+from flexlora_fast import _native, memory, streams
 from flexlora_fast.errors import OptionError
 from flexlora_fast.gather import Ranges, ReadError, gather
-from flexlora_fast.streams import Event
+from flexlora_fast.streams import Device, Event, Native
 
 ALIGNMENT = 128  # bytes: what kernels read at a time, and more than any element's size
 SLOTS = 8  # some being filled, some being copied
@@ -73,7 +72,7 @@ class Staging:
     """The way to a device, for use in a ``with`` block; what was brought must not be read after it.
 
     Args:
-        device: "cuda", …, or "cpu", where everything is done at once.
+        device: "cuda", …, or "cpu", where everything is done at once; or what stands in for one.
         host_bytes: of the slots in all. They have a power of two of bytes each: as torch takes pinned memory.
         device_bytes: of everything brought and not yet released and read.
         threads: that read (default: as many as there are cores for this process, 16 at most).
@@ -82,7 +81,7 @@ class Staging:
     """
 
     def __init__(
-        self, device: torch.device | str, *, host_bytes: int, device_bytes: int, threads: int | None = None
+        self, device: torch.device | str | Device, *, host_bytes: int, device_bytes: int, threads: int | None = None
     ) -> None:
         if host_bytes < SLOTS * ALIGNMENT or device_bytes < ALIGNMENT:
             raise OptionError(
@@ -95,24 +94,29 @@ class Staging:
         self._size = device_bytes // ALIGNMENT * ALIGNMENT
         self._slots: list[_Slot] = []
         self._memory: Tensor | None = None
+        self._closed = False
         self._rooms: deque[_Room] = deque()  # in the order in which they were taken
         self._changed = threading.Condition()
         self._filling = threading.Lock()  # one arrival at a time goes through the slots
-        self._turn = itertools.cycle(range(SLOTS))
+        self._turn = 0  # the slot to be filled next
 
     def __enter__(self) -> Staging:
-        self._slots = [_Slot(self._device.host(self._slot_bytes), self._device.event()) for _ in range(SLOTS)]
         self._memory = self._device.memory(self._size)
+        for _ in range(SLOTS):
+            slot = _Slot(self._device.host(self._slot_bytes), self._device.event())
+            self._device.record(slot.free, self._device.streams[0])
+            self._slots.append(slot)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with self._changed:
-            self._memory = None
+            self._closed = True  # who waits for room waits no longer
             self._changed.notify_all()
-        with self._filling:  # whoever is filling slots stops at the next
-            for event in [slot.free for slot in self._slots] + [event for room in self._rooms for event in room.ends]:
-                event.synchronize()
-            self._slots = []
+        with self._filling, self._changed:  # who reads ends
+            events = [slot.free for slot in self._slots] + [event for room in self._rooms for event in room.ends]
+        for event in events:  # until then copies read the slots and write to the memory
+            event.synchronize()
+        self._slots, self._memory = [], None
 
     def bring(self, ranges: Ranges) -> Arrival:
         """Wait for room, read the tensors, and have them copied; called from a thread that reads.
@@ -143,32 +147,63 @@ class Staging:
 
     def _fill(self, ranges: Ranges, offsets: np.ndarray, buffer: Tensor, room: _Room) -> None:
         """Read everything and begin its copies; ``room`` is told when they are done, also where reading fails."""
-        device = self._device
         with self._filling:
+            self._open()
             try:
-                for low in range(0, buffer.numel(), self._slot_bytes):
-                    target = self._open_part(buffer, low)
-                    turn = next(self._turn)
-                    slot, stream = self._slots[turn], device.streams[turn % len(device.streams)]
-                    slot.free.synchronize()
-                    read_part(ranges, offsets, low, slot.memory[: target.numel()], self._threads)
-                    device.copy(target, slot.memory[: target.numel()], stream)
-                    device.record(slot.free, stream)
+                native = self._device.native([slot.free for slot in self._slots])
+                if native is None or _native.extension is None:
+                    self._through_slots(ranges, offsets, buffer)
+                else:
+                    self._through_native(ranges, offsets, buffer, native)
             finally:
-                for stream in device.streams:
-                    room.ends.append(event := device.event())
-                    device.record(event, stream)
+                for stream in self._device.streams:
+                    room.ends.append(event := self._device.event())
+                    self._device.record(event, stream)
 
-    def _open_part(self, buffer: Tensor, low: int) -> Tensor:
-        self._open()
-        return buffer[low : low + self._slot_bytes]
+    def _through_slots(self, ranges: Ranges, offsets: np.ndarray, buffer: Tensor) -> None:
+        device = self._device
+        for low in range(0, buffer.numel(), self._slot_bytes):
+            target = buffer[low : low + self._slot_bytes]
+            slot, stream = self._slots[self._turn], device.streams[self._turn % len(device.streams)]
+            slot.free.synchronize()
+            read_part(ranges, offsets, low, slot.memory[: target.numel()], self._threads)
+            device.copy(target, slot.memory[: target.numel()], stream)
+            device.record(slot.free, stream)
+            self._turn = (self._turn + 1) % SLOTS
+
+    def _through_native(self, ranges: Ranges, offsets: np.ndarray, buffer: Tensor, native: Native) -> None:
+        """The same in one call, which needs the GIL for no slot: a thread that computes in Python may take 5 ms to
+        hand it over, and a slot of 64 MiB is copied in one.
+        """
+        assert _native.extension is not None
+        refusal = _native.extension.stage(
+            ranges.descriptor,
+            ranges.start,
+            ranges.nbytes,
+            offsets,
+            buffer.data_ptr(),
+            buffer.numel(),
+            [slot.memory for slot in self._slots],
+            self._turn,
+            native.functions,
+            native.streams,
+            native.events,
+            self._threads,
+        )
+        self._turn = (self._turn + -(-buffer.numel() // self._slot_bytes)) % SLOTS
+        if refusal is None:
+            return
+        index, error, answer = refusal
+        if answer:
+            raise RuntimeError(f"{self._device.device} refused a copy with CUDA's error {answer}; see its driver's log")
+        raise ReadError(index, error)
 
     # -- the device's memory ---
 
     def _open(self) -> Tensor:
         """The device's memory, while it is there."""
         memory = self._memory
-        if memory is None:
+        if memory is None or self._closed:
             raise RuntimeError("this Staging is closed, or was never entered: bring tensors inside its `with` block")
         return memory
 

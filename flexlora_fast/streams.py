@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,18 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Wait until it has, without the GIL."""
         ...
+
+
+@dataclass(frozen=True)
+class Native:
+    """How the extension asks a device for the same, without Python: see ``_C.stage``.
+
+    ``functions``: addresses of copy, record and wait. ``streams``, ``events``: handles.
+    """
+
+    functions: tuple[int, int, int]
+    streams: list[int]
+    events: list[int]
 
 
 class Device(Protocol):
@@ -53,9 +67,17 @@ class Device(Protocol):
         """Have the current stream of the calling thread wait for the event; the host does not."""
         ...
 
+    def native(self, events: Sequence[Event]) -> Native | None:
+        """The streams and these events, each recorded before, for the extension to use from the calling thread; None
+        where there is nothing that Python would keep waiting.
+        """
+        ...
 
-def device_of(device: torch.device | str) -> Device:
-    """The ``Device`` of a torch device."""
+
+def device_of(device: torch.device | str | Device) -> Device:
+    """The ``Device`` of a torch device; one that is one already is left as it is."""
+    if not isinstance(device, torch.device | str):
+        return device
     device = torch.device(device)
     return Cuda(device) if device.type == "cuda" else Host(device)
 
@@ -66,6 +88,11 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.streams: Sequence[Any] = [torch.cuda.Stream(device) for _ in range(_COPIERS)]
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._context = ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()  # the driver's context of this device is current from here on
+            self._driver.cuCtxGetCurrent(ctypes.byref(self._context))
 
     def host(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -90,6 +117,20 @@ class Cuda:
 
     def follow(self, event: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)
+
+    def native(self, events: Sequence[Any]) -> Native:
+        # The functions of the driver that are behind torch's own copies and events; they need a thread's context.
+        self._driver.cuCtxSetCurrent(self._context)
+        copy, record, wait = (
+            ctypes.cast(function, ctypes.c_void_p).value or 0
+            for function in (
+                self._driver.cuMemcpyHtoDAsync_v2,
+                self._driver.cuEventRecord,
+                self._driver.cuEventSynchronize,
+            )
+        )
+        streams = [stream.cuda_stream for stream in self.streams]
+        return Native((copy, record, wait), streams, [event.cuda_event for event in events])
 
 
 class Host:
@@ -116,6 +157,9 @@ class Host:
 
     def follow(self, event: Event) -> None:
         """Nothing is left to be waited for."""
+
+    def native(self, events: Sequence[Event]) -> None:
+        """A copy keeps the host busy anyway."""
 
 
 class _Reached:

@@ -330,8 +330,9 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             scales[layer] = scale
             named = dict(zip("AB", factors[layer], strict=True))
             if update.bias is not None and config.get("lora_bias"):
-                biases[layer] = named["lora_B.bias"] = (update.bias / scale).to(dtype)
+                biases[layer] = named["lora_B.bias"] = (update.bias / scale).to(factors[layer][1])
             check_representable(named, layer)
+        there = next(iter(factors.values()))[0].device  # averages of heads are on the CPU, whatever the results are
         return Adapter.from_factors(
             factors,
             {layer: self[layer].spec for layer in ranks},
@@ -339,7 +340,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             config,
             client=client,
             lora_bias=biases,
-            extras={key: self.extras[key].clone() for key in extras if key in self.extras},
+            extras={key: self.extras[key].to(there, copy=True) for key in extras if key in self.extras},
         )
 
     def save(self, path: str | Path) -> Path:

@@ -17,11 +17,12 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("sklearn")
 
 import flexlora_fast as ff
-from benchmarks import costs, fresh, layers, machine, models, planner, rounds, trained
+from benchmarks import costs, fresh, gathering, layers, machine, models, planner, rounds, trained
 from benchmarks.machine import Limits
 from benchmarks.peers import METHODS, OURS, Answer
 from benchmarks.truth import Truth
 from benchmarks.workloads import FULL, Workload, stack_of
+from flexlora_fast import _native
 
 SLIM = Workload("slim", 60, 45, (2, 5, 9), 6)  # R = 16, below the short side
 FAT = Workload("fat", 40, 55, (20, 30, 40), 7, "flat")  # R = 90, beyond it
@@ -288,3 +289,14 @@ def test_the_suite_runs_and_its_file_tells_no_host(tmp_path: Path) -> None:
     assert set(results["commit_info"]) == {"id"}
     (row,) = (benchmark["extra_info"] for benchmark in results["benchmarks"])
     assert row["axis"] == "width" and set(row["seconds"][OURS]) == {"64", "256"}
+
+
+@pytest.mark.skipif(_native.extension is None, reason=f"no native extension: {_native.reason}")
+def test_gathering_is_measured_against_plain_ways(tmp_path: Path) -> None:
+    rows = gathering.measure(clients=5, slot=1 << 18, threads=2, folder=tmp_path)
+    staged = [row for row in rows if row["name"].startswith("staged")]
+    assert len(staged) == 7 and all(row["seconds"] > 0 for row in rows)
+    assert [row["tensors"] for row in staged] == [20, 10, 20, 10, 20, 20, 20]
+    assert len(list(tmp_path.iterdir())) == 5
+    table = gathering.table(rows)
+    assert table.count("\n") == 1 + len(rows) and "| plain reads, 2 threads |" in table

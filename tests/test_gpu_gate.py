@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_a_quick_run_on_the_cpu_measures_what_needs_no_gpu(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    asked = ["build", "ceilings", "round", "loop", "layers", "roofline", "sanitize"]
+    asked = ["build", "ceilings", "round", "streamed", "solvers", "loop", "layers", "roofline", "sanitize"]
     command = [sys.executable, "-m", "benchmarks.gpu.gate", "--quick", "--device", "cpu", "--work", str(tmp_path / "w")]
     done = subprocess.run(
         [*command, "--stages", *asked],
@@ -57,6 +57,25 @@ def test_a_quick_run_on_the_cpu_measures_what_needs_no_gpu(tmp_path: Path) -> No
     for row in targets.data(results, "round").values():
         assert row["identical"] and max(row["excess"].values()) <= 1e-3
         assert row["seconds"] > 0 and row["floor_seconds"] > 0 and row["small"]["why"] == stage.NEEDS_GPU
+    streamed = targets.data(results, "streamed")
+    assert streamed["drawn"] == 4 and streamed["not_run"] == {}
+    assert {name: row["from"] for name, row in streamed["rounds"].items()} == {
+        "6 x r4": "host memory",
+        "6 x r4, files": "files",
+        "20 x r4": "host memory",
+    }
+    for row in streamed["rounds"].values():
+        assert row["identical"] and max(row["excess"].values()) <= 1e-3 and row["seconds"] > 0
+        assert row["floor_seconds"] is row["over_floor"] is row["peak_bytes"] is None
+    about = streamed["timeline"]
+    assert (about["not_run"], about["layers"], about["clients"]) == (stage.NEEDS_GPU, 7, 20)
+    solvers = targets.data(results, "solvers")
+    assert {"cuda.jacobi_eigh", "cuSOLVER XsyevBatched", "cupy.linalg.eigh"} <= solvers["not_run"].keys()
+    for row in solvers["eigen"]:
+        assert row["by"]["torch.linalg.eigh"]["error"] <= 1e-12 and not row["not_run"]
+    assert {row["by"] for row in solvers["orthonormal"]} == {"reference.orthonormalize", "torch.linalg.qr"}
+    assert all(list(row["skew"]) == ["1e+02", "1e+04", "1e+06"] for row in solvers["orthonormal"])
+    assert targets.orthonormal_check(results).reached
     loop = targets.data(results, "loop")
     assert loop.pop("pilot_flops_per_second") > 0 and loop.keys() == targets.data(results, "round").keys()
     for row in loop.values():
@@ -70,7 +89,13 @@ def test_a_quick_run_on_the_cpu_measures_what_needs_no_gpu(tmp_path: Path) -> No
     assert {row["op"] for row in rows} == {"project", "project_t", "gram", "materialize", "pack"}
     assert targets.data(results, "roofline")["not_run"] == {"kernels": stage.NEEDS_GPU}
     for text in (table.summary(results), table.section(results)):
-        assert "6 x r4" in text and "not measured" in text and "reached" in text
+        assert (
+            "6 x r4" in text
+            and "files" in text
+            and "12 eigenproblems" in text
+            and "not measured" in text
+            and "reached" in text
+        )
     assert "results: " in done.stdout and "| round | passed |" in done.stdout
 
 
@@ -138,6 +163,18 @@ def test_no_stage_starts_when_the_time_is_up(tmp_path: Path) -> None:
     assert results["stages"]["late"]["reason"] == "no time left of 0 s"
 
 
+def test_a_picture_is_kept_with_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one of an earlier run is not taken for this one's."""
+    draws = "from pathlib import Path; Path(sys.argv[1]).with_name('timeline.png').write_text('drawn')"
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    made = run(tmp_path / "work", Scripted("streamed", 20, "", REPORTS + draws))
+    assert (tmp_path / "out" / table.PICTURE).read_text() == "drawn"
+    gate.write(made, tmp_path / "kept" / table.NAME, tmp_path / "work")
+    assert (tmp_path / "kept" / table.PICTURE).read_text() == "drawn"
+    run(tmp_path / "work", Scripted("streamed", 20, "", REPORTS))
+    assert not (tmp_path / "work" / table.PICTURE).exists()
+
+
 def test_boxes_leave_time_for_the_tests() -> None:
     assert sum(s.seconds for s in gate.STAGES if s.name != "tests") <= gate.TOTAL - 30
     assert gate.STAGES[-1].name == "tests"
@@ -191,8 +228,35 @@ def results(seconds: float = 0.030, share: float = 0.8, **row: Any) -> dict[str,
         "floor_seconds": 0.0135,
         "identical": True,
         "excess": {"a": 1e-6, "b": 5e-4},
-        "small": {"share": 0.2},
+        "small": {"share": 0.2, "seconds": 0.0055},
         "peak_bytes": 2**30,
+    }
+    streamed = found | {
+        "from": "host memory",
+        "bytes": 8e10,
+        "seconds": 1.6,
+        "floor_seconds": 1.455,
+        "over_floor": 1.6 / 1.455,
+        "take_in_seconds": 9.0,
+        "reserved_bytes": 2 * 2**30,
+        "limit": 16 * 2**30,
+        "solvers": {"dense": 224},
+    }
+    timeline = {"layers": 28, "clients": 1000, "bytes": 1e10, "seconds": 0.2, "copy_seconds": 0.18}
+    timeline |= {"kernel_seconds": 0.05, "copies_overlapped": 0.26, "kernels_overlapped": 0.95, "idle": 0.05}
+    eigen = {"seconds": 0.004, "scaled": False, "error": 1e-15}
+    skew = {"1e+02": 1e-8, "1e+04": 1e-8, "1e+06": 3e-8}
+    solvers = {
+        "matrices": 224,
+        "eigen": [
+            {"columns": 80, "by": {"cusolver": eigen, "torch": eigen | {"scaled": True}}, "not_run": {}},
+            {"columns": 96, "by": {"cusolver": eigen | {"error": 1e-3}}, "not_run": {"torch": "no time left"}},
+        ],
+        "panels": {"count": 64, "rows": 4096, "columns": 80},
+        "orthonormal": [
+            {"by": name, "seconds": 1e-3, "skew": skew} for name in ("reference.orthonormalize", "torch.linalg.qr")
+        ],
+        "not_run": {"cuda.jacobi_eigh": "there is no extension"},
     }
     op = {"op": "project", "by": "kernels", "factors": "bfloat16", "precision": "bf16x3", "seconds": 1e-3}
     method = {"seconds": 0.002, "excess": 1e-6}
@@ -210,6 +274,12 @@ def results(seconds: float = 0.030, share: float = 0.8, **row: Any) -> dict[str,
             "pcie": {"to_device": 5.5e10, "to_host": 5.4e10},
         },
         "round": {targets.ROUND: found | row},
+        "streamed": {
+            "rounds": {targets.STREAMED: streamed},
+            "timeline": timeline | {"picture": table.PICTURE},
+            "not_run": {"100 x r16, files": "predicted 90 s, 3 s left"},
+        },
+        "solvers": solvers,
         "loop": {targets.ROUND: {"total_seconds": 45.0}},
         "layers": {"layers": [layer]},
         "roofline": {
@@ -240,23 +310,36 @@ def test_targets_say_what_was_reached() -> None:
     assert found["all layers, factors resident"].measured == "30 ms (floor 13.5 ms)"
     assert found["over the authors' loop on this GPU"].measured.startswith("1,500×")
     assert found["project, bf16x3, 256 columns"].measured == "65 % of bf16"
+    assert found["small problems"].measured == "5.5 ms"
+    assert found["round-7b, 1,000 x r16, from host memory: over PCIe"].measured == "1.1× (1.6 s; floor 1.46 s)"
+    assert found["round-7b, 1,000 x r16, streamed: memory of the device"].measured == "1,024 MiB"
+    assert found["orthonormality at condition 1e6, reference.orthonormalize"].measured == "3.0e-08"
 
 
 def test_targets_say_what_was_missed() -> None:
-    bad = {"excess": {"a": 2e-3}, "small": {"share": 0.4}, "identical": False}
-    found = verdicts(results(seconds=0.05, share=0.7, **bad))
+    bad = {"excess": {"a": 2e-3}, "small": {"share": 0.4, "seconds": 0.02}, "identical": False}
+    run = results(seconds=0.05, share=0.7, **bad)
+    streamed, solvers = (run["stages"][name]["data"] for name in ("streamed", "solvers"))
+    streamed["rounds"][targets.STREAMED] |= {"over_floor": 1.2, "peak_bytes": 17 * 2**30, "excess": {"a": 2e-3}}
+    own = {"by": "cuda.orthonormalize", "seconds": 1e-4, "skew": {"1e+06": 2e-5}}  # counts before the reference
+    solvers["orthonormal"].append(own)
+    found = verdicts(run)
+    assert found["orthonormality at condition 1e6, cuda.orthonormalize"].measured == "2.0e-05"
     assert all(check.reached is False for check in found.values()), found
 
 
 def test_what_was_not_measured_is_no_verdict() -> None:
     empty = results() | {"stages": {}}
-    assert [check.reached for check in targets.checks(empty)] == [None] * 6
+    assert [check.reached for check in targets.checks(empty)] == [None] * 10
     partly = results()
     partly["stages"]["loop"]["data"] = {}
+    partly["stages"]["streamed"]["data"] = {"rounds": {}, "not_run": {targets.STREAMED: "predicted 90 s, 40 s left"}}
     partly["stages"]["round"]["data"][targets.ROUND]["small"] = {"share": None, "why": "no call was seen"}
     found = verdicts(partly)
     assert found["over the authors' loop on this GPU"].reached is None
-    assert found["share of small problems"].measured == "no call was seen"
+    assert found["share of small problems"].measured == found["small problems"].measured == "no call was seen"
+    over = found["round-7b, 1,000 x r16, from host memory: over PCIe"]
+    assert (over.reached, over.measured) == (None, "predicted 90 s, 40 s left")
 
 
 def test_tables_show_every_row_and_every_absence() -> None:
@@ -265,6 +348,13 @@ def test_tables_show_every_row_and_every_absence() -> None:
     for words in ("abc1234", "NVIDIA H200", "4.3 TB/s", "790 Tflop/s", "55 / 54 GB/s", "needs 20 GiB", "(10×)"):
         assert words in text, words
     assert "excess 1e-02" in text and "1,500×" in text and "contract_kernel" in text
+    for words in ("1.46 s (1.1×)", "16,384 MiB", "dense 224", "Not run: 100 x r16, files: predicted 90 s"):
+        assert words in text, words
+    assert "180 ms, 26 % of that under kernels; kernels for 50 ms, 95 % of that under copies" in text
+    assert "](benchmarks/results/h200/timeline.png)" in text
+    for words in ("| torch | 4 ms* | no time left |", "4 ms, off by 1e-03", "of 8 matrices, times the rest"):
+        assert words in text, words
+    assert "Not run: cuda.jacobi_eigh: there is no extension." in text and "64 panels of 4096×80" in text
     for part in (table.layer_table(run), table.op_table(run), table.stage_table(run), table.round_table(run)):
         assert len({line.count("|") for line in part.splitlines()}) == 1
     assert "| round | passed | 3 s |" in table.summary(run)

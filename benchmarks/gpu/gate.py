@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -51,15 +52,17 @@ class Stage:
 
 
 STAGES = (
-    Stage("build", 70, "extension and an installation for this run"),
-    Stage("ceilings", 20, "copy, matrix and PCIe rates"),
-    Stage("warm", 40, "kernels compiled"),
-    Stage("round", 70, "round-7b, factors resident"),
-    Stage("loop", 60, "the authors' loop on round-7b"),
-    Stage("layers", 70, "single layers against peers"),
-    Stage("roofline", 35, "each op against the ceilings"),
-    Stage("ncu", 40, "hardware counters of the kernels"),
-    Stage("sanitize", 45, "memcheck of the kernels"),
+    Stage("build", 65, "extension and an installation for this run"),
+    Stage("ceilings", 15, "copy, matrix and PCIe rates"),
+    Stage("warm", 35, "kernels compiled"),
+    Stage("round", 50, "round-7b, factors resident"),
+    Stage("streamed", 70, "round-7b, factors in host memory and files"),
+    Stage("solvers", 25, "small dense problems against the libraries"),
+    Stage("loop", 35, "the authors' loop on round-7b"),
+    Stage("layers", 45, "single layers against peers"),
+    Stage("roofline", 25, "each op against the ceilings"),
+    Stage("ncu", 35, "hardware counters of the kernels"),
+    Stage("sanitize", 50, "memcheck and racecheck of the kernels"),
     Stage("tests", TOTAL, "the test suite on the device"),
 )
 
@@ -131,6 +134,7 @@ def run_all(given: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> dict
     for stage in STAGES:  # of an earlier run
         for suffix in (".json", ".log"):
             (given.work / stage.name).with_suffix(suffix).unlink(missing_ok=True)
+    (given.work / table.PICTURE).unlink(missing_ok=True)
     show = process.Show()
     if known.id == commit.UNKNOWN:
         show.line(f"WARNING: the commit is unknown: {known.source}")
@@ -153,16 +157,23 @@ def run_all(given: argparse.Namespace, stages: Sequence[Stage] = STAGES) -> dict
 
 
 def keep(results: dict[str, Any], work: Path) -> None:
-    """Write the results so far, and copies for whoever set OUT: with what all stages printed."""
-    text = json.dumps(results, indent=1) + "\n"
-    (work / table.NAME).write_text(text)
+    """Write the results so far, and copies for whoever set OUT: with the picture, and what all stages printed."""
+    write(results, work / table.NAME, work)
     if out := os.environ.get("OUT"):
         folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / table.NAME).write_text(text)
+        write(results, folder / table.NAME, work)
         logs = [(name, work / f"{name}.log") for name in results["stages"]]
         printed = [f"===== {name}\n{log.read_text(errors='replace')[-_LOG:]}\n" for name, log in logs if log.is_file()]
         (folder / "gate.log").write_text("\n".join(printed))
+
+
+def write(results: dict[str, Any], file: Path, work: Path) -> None:
+    """Write the results, and beside them what a stage drew in ``work``."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    drawn = work / table.PICTURE
+    if drawn.is_file() and file.parent != work:
+        shutil.copyfile(drawn, file.with_name(table.PICTURE))
 
 
 def results_file(results: dict[str, Any], given: argparse.Namespace) -> Path:
@@ -193,8 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     results = run_all(given, [stage for stage in STAGES if stage.name in given.stages])
     file = results_file(results, given)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=1) + "\n")
+    write(results, file, given.work)
     print(f"\n{table.summary(results)}\n\nresults: {file}", flush=True)
     return int(any(record["outcome"] == "failed" for record in results["stages"].values()))
 

@@ -28,6 +28,8 @@ from flexlora_fast import _native, kernels
 from flexlora_fast.backends import launcher
 import torch
 print(json.dumps({
+    "cuda": launcher.path() or launcher.obstacle(),
+    "detours": launcher.detours() if torch.cuda.is_available() else "",
     "package": flexlora_fast.__file__, "extension": _native.reason or "built",
     "kernels": kernels.obstacle() or "usable",
     "cuda kernels": launcher.path() or launcher.obstacle(),
@@ -66,7 +68,9 @@ def parent_packages() -> list[str]:
 
 
 def measure(options: Options, report: Report) -> None:
-    """Install, and say what is there: extension, kernels, torch. A build without the extension fails."""
+    """Install, and say what is there: extension, kernels, torch. A build without the extension, or
+    without its CUDA kernels where there is a GPU, fails.
+    """
     if options.quick and not options.cuda:
         report.skip("a quick run takes the flexlora_fast of this Python")
         return
@@ -86,6 +90,8 @@ def measure(options: Options, report: Report) -> None:
         sys.exit(f"the extension: {found['extension']}")
     if options.cuda and found["kernels"] != "usable":
         sys.exit(f"the kernels: {found['kernels']}")
+    if options.cuda and found["cuda"] != "compiled":
+        sys.exit(f"the CUDA kernels: {found['cuda']} ({found['detours']})")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def run_workload(device: str) -> None:
     L, m, n, ranks, width = _SIZE
     factors = ops.stacks(L, m, n, ranks, torch.bfloat16, device)
     X, Y = (torch.randn(L, side, width, device=device) for side in (n, m))
-    calls = ops.kernel_ops(factors, X, Y, "bf16x3")
+    calls = ops.kernel_ops(factors, X, Y, "bf16x3") | ops.extension_ops(device, L, m, width)
     for call in calls.values():
         call()
     torch.cuda.synchronize()
@@ -80,7 +80,7 @@ def measure(options: Options, report: Report) -> None:
         return report.skip("ncu is not available: neither on PATH nor under /opt/nvidia/nsight-compute")
     program = [sys.executable, "-m", "benchmarks.gpu.ncu", "workload", options.device]
     sections = [argument for section in _SECTIONS for argument in ("--section", section)]
-    kernels = "regex:" + "|".join(ops.KERNELS)
+    kernels = "regex:" + "|".join((*ops.KERNELS, ops.CUDA_KERNELS))
     # The card's clocks stay as they are: others may share it.
     command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--kernel-name", kernels]
     ran = tools.run([*command, *sections, "--csv", "--page", "details", *program], deadline.left)

@@ -5,17 +5,20 @@ Where an op, the round or the small problems move, this file moves with them, an
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import flexlora_fast as ff
+from benchmarks.gpu.stage import NEEDS_GPU
 from benchmarks.peers import Answer
 from benchmarks.workloads import Clients
 from flexlora_fast.stack import Block, Stack
@@ -41,8 +44,17 @@ SMALL = (
 )
 # The names of the kernels, for profilers.
 KERNELS = ("contract_kernel", "combine_kernel", "gram_kernel", "materialize_kernel", "pack_kernel", "sum_parts_kernel")
+# What the names of the CUDA kernels begin with.
+CUDA_KERNELS = "flexlora_"
+
+# The CUDA kernels' host functions, looked up by name since they may not be there, and what says whether they can run.
+CUDA, LAUNCHER = "flexlora_fast.backends.cuda", "flexlora_fast.backends.launcher"
+# The eigensolver that takes one matrix after the other.
+TORCH_EIGH = "torch.linalg.eigh"
 
 Op = Callable[[], object]
+# A function, or why there is none here.
+Found = Callable[..., Any] | str
 
 
 def products(op: str, precision: str) -> tuple[int, str]:
@@ -129,6 +141,21 @@ def prepared_round(
     return aggregator.finish
 
 
+def streamed_round(
+    sources: Sequence[ff.Adapter | Path],
+    weights: Sequence[float],
+    k: int,
+    device: str,
+    limit: int,
+    read: Literal["add", "finish"],
+) -> Callable[[], ff.GlobalUpdate]:
+    """The same for adapters in host memory or folders, whose factors pass through so many bytes of the device."""
+    aggregator = ff.Aggregator(rank=k, device=device, memory_limit=limit, read=read, progress=False)
+    for i, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+        aggregator.add(source, weight, client=f"client-{i:05d}")
+    return aggregator.finish
+
+
 def prepared_layer(
     clients: Clients, k: int, certificate: Literal["exact", "estimate"] = "exact"
 ) -> Callable[[], Answer]:
@@ -176,6 +203,81 @@ def client_factors(
         )
         for state, config, weight in zip(states, configs, weights, strict=True)
     ]
+
+
+def eigensolvers(device: str) -> dict[str, Found]:
+    """By name: (l, l) symmetric float64 matrices (b, l, l) to eigenvalues (b, l) in either order and eigenvectors."""
+    from flexlora_fast.backends import cusolver
+
+    cuda = device.startswith("cuda")
+    return {
+        "cuda.jacobi_eigh": of_extension("jacobi_eigh", device),
+        "cuSOLVER XsyevBatched": (cusolver.obstacle() or cusolver.eigh) if cuda else NEEDS_GPU,
+        "cupy.linalg.eigh": _of_cupy() if cuda else NEEDS_GPU,
+        TORCH_EIGH: torch.linalg.eigh,
+    }
+
+
+def orthonormalizers(device: str) -> dict[str, Found]:
+    """By name: panels (b, m, l) float32 to orthonormal bases of their columns, of the same shape."""
+    from flexlora_fast.backends import reference
+
+    return {
+        "cuda.orthonormalize": of_extension("orthonormalize", device),
+        "reference.orthonormalize": reference.orthonormalize,
+        "torch.linalg.qr": lambda Y: torch.linalg.qr(Y)[0],
+    }
+
+
+def extension_obstacle(device: str) -> str | None:
+    """Why the CUDA extension cannot be called here; None if it can."""
+    if not device.startswith("cuda"):
+        return NEEDS_GPU
+    obstacle = _function(LAUNCHER, "obstacle")
+    return f"there is no {LAUNCHER}" if obstacle is None else obstacle()
+
+
+def of_extension(name: str, device: str) -> Found:
+    """A function of the CUDA extension, or why there is none here."""
+    return extension_obstacle(device) or _function(CUDA, name) or f"{CUDA} has no {name}"
+
+
+def extension_ops(device: str, matrices: int, rows: int, width: int) -> dict[str, Op]:
+    """What there is of the CUDA kernels' host functions, on matrices (b, l, l) or panels (b, rows, l) of l = ``width``.
+
+    Nothing but these kernels runs in a call.
+    """
+    g = torch.Generator().manual_seed(0)
+    panel = torch.randn(matrices, rows, width, generator=g)
+    eye = torch.eye(width, dtype=torch.float64).repeat(matrices, 1, 1)
+    gram, eye = (panel.double().mT @ panel.double()).to(device), eye.to(device)
+    X, Y = panel.to(device), panel.to(device, copy=True)
+    G, M, d = gram.float(), gram.float(), torch.ones(matrices, width, dtype=torch.float64, device=device)
+    spoiled, column = torch.zeros(matrices, dtype=torch.bool, device=device), X[:, 0].contiguous()
+    calls: dict[str, Callable[[Callable[..., Any]], object]] = {
+        "signs": lambda f: f([(1, 0)] * matrices, rows, width, device=X.device),
+        "gram64": lambda f: (f(X, Y), f(X, X, symmetric=True)),
+        "whiten": lambda f: f(gram),
+        "condition": lambda f: f(gram),
+        "ritz_begin": lambda f: f(gram, gram),
+        "ritz_end": lambda f: f(gram, d, eye, spoiled, width, last=True),
+        "orthonormalize": lambda f: f(X),
+        "apply_right": lambda f: f(X, gram),
+        "scale_grams": lambda f: f(G, M, d),
+        "chebyshev": lambda f: f(X, X, X, column, column, column, out=torch.empty_like(X)),
+        "jacobi_eigh": lambda f: f(gram),
+        "jacobi_svd": lambda f: f(gram),
+    }
+    found = {name: of_extension(name, device) for name in calls}
+    return {name: functools.partial(calls[name], f) for name, f in found.items() if callable(f)}
+
+
+def _of_cupy() -> Found:
+    try:
+        cupy: Any = importlib.import_module("cupy")
+    except Exception as error:  # one that does not fit the driver raises whatever it raises
+        return f"cupy cannot be imported: {error}"
+    return lambda C: tuple(torch.from_dlpack(X) for X in cupy.linalg.eigh(cupy.from_dlpack(C)))
 
 
 class SmallProblems:

@@ -25,3 +25,10 @@ def one_of_each(round_: ModelRound) -> dict[tuple[int, int], tuple[str, int]]:
     """By shape (m, n): the first layer of it, and how many there are."""
     counts = Counter((m, n) for _, m, n in round_.layers)
     return {(m, n): (name, counts[m, n]) for name, m, n in reversed(round_.layers)}
+
+
+def streamed(quick: bool) -> dict[str, ModelRound]:
+    """By name: rounds whose factors do not lie on the device, the smaller first."""
+    layers, counts = (models.decoder(2, 64, 64, 172), (6, 20)) if quick else (models.LLAMA_2_7B, (100, 1000))
+    rank = 4 if quick else 16
+    return {f"{count:,} x r{rank}": ModelRound("round-7b", layers, (rank,) * count) for count in counts}

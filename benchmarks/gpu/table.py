@@ -19,10 +19,14 @@ from benchmarks.text import markdown, percent, seconds
 
 FOLDER, NAME = Path("benchmarks/results"), "gate.json"
 RESULTS = FOLDER / "h200" / NAME
+# What the streamed stage draws, beside the results.
+PICTURE = "timeline.png"
 README = Path("README.md")
 BEGIN, END = "<!-- gpu: begin (python -m benchmarks.gpu.table) -->", "<!-- gpu: end -->"
 OURS = "flexlora_fast"
 _VISIBLE = 1e-4
+# Eigenpairs further off than this are no answer in float64.
+_WRONG = 1e-9
 
 
 def folder_of(results: Results) -> Path | None:
@@ -94,6 +98,89 @@ def round_table(results: Results) -> str:
     return markdown(header, body) if body else ""
 
 
+def streamed_table(results: Results) -> str:
+    """round-7b with its factors elsewhere, and what a part of it did when."""
+    body = []
+    for name, row in data(results, "streamed").get("rounds", {}).items():
+        if "seconds" not in row:
+            continue
+        floor, over = row.get("floor_seconds"), row.get("over_floor")
+        body.append(
+            [
+                f"{row['layers']} layers, {name}, k {row['k']}, {row['bytes'] / 1e9:.2g} GB, from {row['from']}",
+                seconds(row["seconds"]),
+                "–" if floor is None else f"{seconds(floor)} ({over:.3g}×)",
+                seconds(row["take_in_seconds"]),
+                f"{max(row['excess'].values()):.0e}" if row.get("excess") else "–",
+                text.mebibytes(row["peak_bytes"]),
+                text.mebibytes(row["reserved_bytes"]),
+                text.mebibytes(row["limit"]),
+                ", ".join(f"{solver} {count}" for solver, count in row["solvers"].items()),
+            ]
+        )
+    header = [
+        "*round-7b*, streamed",
+        "all layers",
+        "PCIe",
+        "taken in",
+        "excess",
+        "memory",
+        "reserved",
+        "limit",
+        "solvers",
+    ]
+    parts = [markdown(header, body) if body else "", timeline_line(results)]
+    parts += [f"Not run: {what}: {why}." for what, why in data(results, "streamed").get("not_run", {}).items()]
+    return "\n\n".join(part for part in parts if part)
+
+
+def timeline_line(results: Results) -> str:
+    """How much of the copies and of the kernels went on at the same time."""
+    found = data(results, "streamed").get("timeline", {})
+    if found.get("copies_overlapped") is None:
+        return ""
+    copies, kernels = seconds(found["copy_seconds"]), seconds(found["kernel_seconds"])
+    under_kernels, under_copies = percent(found["copies_overlapped"]), percent(found["kernels_overlapped"])
+    return (
+        f"Of {found['layers']} layers of {found['clients']:,} clients ({found['bytes'] / 1e9:.2g} GB, "
+        f"{seconds(found['seconds'])}): copies to the device for {copies}, {under_kernels} of that under kernels; "
+        f"kernels for {kernels}, {under_copies} of that under copies; neither for {percent(found['idle'])} of the time."
+    )
+
+
+def picture(results: Results) -> str:
+    """The timeline's image, where one was drawn."""
+    drawn = data(results, "streamed").get("timeline", {}).get("picture")
+    return f"![What the device did when]({RESULTS.with_name(drawn)})" if drawn else ""
+
+
+def solver_table(results: Results) -> str:
+    """Small dense problems: eigensolvers by columns, and what makes panels orthonormal by condition."""
+    found = data(results, "solvers")
+    rows = found.get("eigen", [])
+    names = list(dict.fromkeys(name for row in rows for name in (*row["by"], *row["not_run"])))
+
+    def shown(row: dict[str, Any], name: str) -> str:
+        if name not in row["by"]:
+            return row["not_run"].get(name, "–")
+        one = row["by"][name]
+        wrong = f", off by {one['error']:.0e}" if one["error"] > _WRONG else ""
+        return seconds(one["seconds"]) + ("*" if one["scaled"] else "") + wrong
+
+    header = [f"{found.get('matrices')} eigenproblems, float64", *(f"{row['columns']} columns" for row in rows)]
+    tables = [markdown(header, [[name, *(shown(row, name) for row in rows)] for name in names]) if names else ""]
+    if any(one["scaled"] for row in rows for one in row["by"].values()):
+        tables.append("\\* of 8 matrices, times the rest: it takes one after the other.")
+    panels = found.get("orthonormal", [])
+    if panels:
+        size = "{count} panels of {rows}×{columns}".format(**found["panels"])
+        header = [f"{size}, float32", "time", *(f"off by, condition {condition}" for condition in panels[0]["skew"])]
+        body = [[row["by"], seconds(row["seconds"]), *(f"{x:.0e}" for x in row["skew"].values())] for row in panels]
+        tables.append(markdown(header, body))
+    tables += [f"Not run: {name}: {why}." for name, why in found.get("not_run", {}).items()]
+    return "\n\n".join(part for part in tables if part)
+
+
 def cell(row: dict[str, Any], name: str) -> str:
     """A method's time, how many times ours it is, and its excess where it shows."""
     if name not in row["methods"]:
@@ -154,7 +241,8 @@ def summary(results: Results) -> str:
     """What the gate prints last: stages, round, targets."""
     head = f"{commit_line(results)}\n{ceilings_line(results)}"
     trial = "A trial at small sizes: its times say nothing." if results["quick"] else ""
-    parts = [head, trial, stage_table(results), round_table(results), text.target_table(targets.checks(results))]
+    tables = [stage_table(results), round_table(results), streamed_table(results), solver_table(results)]
+    parts = [head, trial, *tables, text.target_table(targets.checks(results))]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -166,6 +254,9 @@ def section(results: Results) -> str:
         "rank-k in float64, printed above 1e-4. The floor of a round is six passes over its factors, each the slower "
         "of reading them and of three bf16 products with k + 10 columns.",
         round_table(results),
+        streamed_table(results),
+        picture(results),
+        solver_table(results),
         layer_table(results),
         op_table(results),
         counter_table(results),

@@ -1,136 +1,34 @@
 #include "cpu/gather.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
-#include <cstring>
+#include <condition_variable>
 #include <mutex>
+#include <stdexcept>
 #include <system_error>
 #include <thread>
-#include <vector>
 
 #include "cpu/require.h"
 
 namespace flexlora::cpu {
 namespace {
 
-constexpr int64_t kMemory = -1;  // the descriptor of what lies in memory
-
-// Bytes that are read at a time: enough for a system call to vanish beside the copy, and little enough for threads to
-// end together.
-constexpr int64_t kLeast = 128 << 10, kMost = 2 << 20;
-
-// Neighbours in file and buffer, or a part of one range; `range` is its first.
-struct Piece {
-    int64_t descriptor, start, nbytes, target, range;
-};
-
-// What a thread takes at a time: pieces [begin, end).
-struct Share {
-    size_t begin, end;
-};
-
-void check(const Ranges& ranges, int64_t size) {
-    for (int64_t i = 0; i < ranges.count; ++i) {
-        const int64_t descriptor = ranges.descriptor[i], start = ranges.start[i], nbytes = ranges.nbytes[i];
-        const int64_t target = ranges.target[i], first = descriptor == kMemory ? 1 : 0;
-        const bool is_one = descriptor >= kMemory && descriptor <= INT32_MAX && nbytes >= 0 &&
-                            (nbytes == 0 || (start >= first && start <= INT64_MAX - nbytes));
-        require(is_one && target >= 0 && target <= size && nbytes <= size - target, "range ", i, " of ", nbytes,
-                " bytes, from ", start, " of descriptor ", descriptor, ", would go to byte ", target,
-                " of a buffer of ", size);
-    }
-}
-
-std::vector<Piece> joined(const Ranges& ranges) {
-    std::vector<Piece> runs;
-    for (int64_t i = 0; i < ranges.count; ++i) {
-        const Piece next{ranges.descriptor[i], ranges.start[i], ranges.nbytes[i], ranges.target[i], i};
-        if (next.nbytes == 0) continue;
-        if (!runs.empty()) {
-            Piece& last = runs.back();
-            if (last.descriptor == next.descriptor && last.start + last.nbytes == next.start &&
-                last.target + last.nbytes == next.target) {
-                last.nbytes += next.nbytes;
-                continue;
-            }
-        }
-        runs.push_back(next);
-    }
-    return runs;
-}
-
-std::vector<Piece> split(const std::vector<Piece>& runs, int64_t most) {
-    std::vector<Piece> pieces;
-    for (Piece rest : runs) {
-        while (rest.nbytes > 0) {
-            Piece piece = rest;
-            piece.nbytes = std::min(rest.nbytes, most);
-            pieces.push_back(piece);
-            rest.start += piece.nbytes;
-            rest.target += piece.nbytes;
-            rest.nbytes -= piece.nbytes;
-        }
-    }
-    return pieces;
-}
-
-std::vector<Share> shares_of(const std::vector<Piece>& pieces) {
-    std::vector<Share> shares;
-    int64_t held = kLeast;
-    for (size_t i = 0; i < pieces.size(); ++i) {
-        if (held >= kLeast) {
-            shares.push_back({i, i});
-            held = 0;
-        }
-        shares.back().end = i + 1;
-        held += pieces[i].nbytes;
-    }
-    return shares;
-}
-
-// Which of a run's ranges, from the piece's first on, holds byte `position` of the source.
-int64_t range_at(const Ranges& ranges, const Piece& piece, int64_t position) {
-    int64_t i = piece.range;
-    while (ranges.nbytes[i] == 0 || position >= ranges.start[i] + ranges.nbytes[i]) ++i;
-    return i;
-}
-
-std::optional<Failure> copy(const Ranges& ranges, const Piece& piece, char* out) {
-    char* to = out + piece.target;
-    if (piece.descriptor == kMemory) {
-        std::memcpy(to, reinterpret_cast<const void*>(piece.start), piece.nbytes);
-        return std::nullopt;
-    }
-    for (int64_t done = 0; done < piece.nbytes;) {
-        const ssize_t got =
-            pread(static_cast<int>(piece.descriptor), to + done, piece.nbytes - done, piece.start + done);
-        if (got > 0) {
-            done += got;
-        } else if (got == 0 || errno != EINTR) {
-            const int error = got == 0 ? 0 : errno;
-            return Failure{range_at(ranges, piece, piece.start + done), error};
-        }
-    }
-    return std::nullopt;
-}
+constexpr int64_t kMostThreads = 1024;
 
 // Threads that are waited for, whatever happens.
 class Workers {
 public:
-    // Runs `task` on `count` threads, the caller's among them. Where the system has no more threads, fewer do the work.
+    // Begins `task` on at most `count` threads; says on how many the system allowed.
     template <typename Task>
-    void run(int64_t count, const Task& task) {
-        for (int64_t i = 1; i < count; ++i) {
+    int64_t begin(int64_t count, const Task& task) {
+        for (int64_t i = 0; i < count; ++i) {
             try {
                 threads_.emplace_back(task);
             } catch (const std::system_error&) {
-                break;
+                return i;
             }
         }
-        task();
+        return count;
     }
 
     ~Workers() {
@@ -141,40 +39,154 @@ private:
     std::vector<std::thread> threads_;
 };
 
+// The first of the failures, whichever thread was faster: shares are taken in order, and what was taken is read, so all
+// before a failed one are.
+class FirstFailure {
+public:
+    void add(const Failure& failure) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!first_ || failure.range < first_->range) first_ = failure;
+        any_ = true;
+    }
+    bool any() const { return any_; }
+    const std::optional<Failure>& first() const { return first_; }
+
+private:
+    std::mutex mutex_;
+    std::atomic<bool> any_{false};
+    std::optional<Failure> first_;
+};
+
+// A reading whose parts of the buffer are opened one after another, and waited for one after another.
+class Windows {
+public:
+    Windows(const Reading& reading, int64_t count) : left_(count) {
+        for (const Share& share : reading.shares) ++left_[share.window];
+    }
+
+    // Lets threads read into the next part.
+    void open() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        ++opened_;
+        changed_.notify_all();
+    }
+
+    // Ends all waiting.
+    void stop() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        stopped_ = true;
+        changed_.notify_all();
+        filled_.notify_all();
+    }
+
+    bool stopped() const { return stopped_; }
+
+    // Waits until a part is open; false where it never will be.
+    bool wait_open(int64_t window) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        changed_.wait(lock, [&] { return stopped_ || window < opened_; });
+        return window < opened_;
+    }
+
+    // Waits until a part is full; false where it never will be.
+    bool wait_full(int64_t window) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        filled_.wait(lock, [&] { return stopped_ || left_[window] == 0; });
+        return !stopped_;
+    }
+
+    // One of the part's shares was read.
+    void add(int64_t window) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (--left_[window] == 0) filled_.notify_all();
+    }
+
+private:
+    std::mutex mutex_;
+    std::condition_variable changed_, filled_;
+    std::vector<int64_t> left_;  // shares of each part that are still to be read
+    int64_t opened_ = 0;
+    std::atomic<bool> stopped_{false};
+};
+
 }  // namespace
 
 std::optional<Failure> gather(const Ranges& ranges, char* out, int64_t size, int64_t threads) {
-    require(threads >= 1, "threads is ", threads, ": expected at least 1");
-    check(ranges, size);
-    const std::vector<Piece> runs = joined(ranges);
-    int64_t total = 0;
-    for (const Piece& run : runs) total += run.nbytes;
-    const std::vector<Piece> pieces = split(runs, std::clamp(total / (8 * threads), kLeast, kMost));
-    const std::vector<Share> shares = shares_of(pieces);
-
-    // Shares are taken in order, so all before a failed one were begun and are finished: of several failures the first
-    // range's is known, whichever thread was faster.
-    std::atomic<size_t> next{0};
-    std::atomic<bool> failed{false};
-    std::mutex mutex;
-    std::optional<Failure> first;
+    require(threads >= 1 && threads <= kMostThreads, "threads is ", threads, ": expected 1 to ", kMostThreads);
+    const Reading reading = plan_reading(ranges, size, std::max<int64_t>(size, 1), threads);
+    const int64_t shares = static_cast<int64_t>(reading.shares.size());
+    std::atomic<int64_t> next{0};
+    FirstFailure failures;
     const auto task = [&] {
-        for (size_t s = next++; s < shares.size() && !failed; s = next++) {
-            for (size_t i = shares[s].begin; i < shares[s].end; ++i) {
-                if (const auto failure = copy(ranges, pieces[i], out)) {
-                    const std::lock_guard<std::mutex> lock(mutex);
-                    if (!first || failure->range < first->range) first = failure;
-                    failed = true;
-                    break;
-                }
+        while (!failures.any()) {
+            const int64_t s = next++;
+            if (s >= shares) return;
+            for (size_t i = reading.shares[s].begin; i < reading.shares[s].end; ++i) {
+                const Piece& piece = reading.pieces[i];
+                if (const auto failure = read_piece(ranges, piece, out + piece.target)) return failures.add(*failure);
             }
         }
     };
     {
         Workers workers;
-        workers.run(std::min<int64_t>(threads, static_cast<int64_t>(shares.size())), task);
+        workers.begin(std::min(threads, shares) - 1, task);
+        task();
     }
-    return first;
+    return failures.first();
+}
+
+std::optional<Refusal> stage(const Ranges& ranges, uint64_t target, int64_t size, const Slots& slots,
+                             const Device& device, int64_t threads) {
+    require(threads >= 1 && threads <= kMostThreads, "threads is ", threads, ": expected 1 to ", kMostThreads);
+    const int64_t count = (size + slots.bytes - 1) / slots.bytes;
+    const Reading reading = plan_reading(ranges, size, slots.bytes, threads);
+    const auto slot_of = [&](int64_t window) { return (slots.first + window) % slots.memory.size(); };
+    Windows windows(reading, count);
+    std::atomic<size_t> next{0};
+    FirstFailure failures;
+    const auto task = [&] {
+        while (!windows.stopped()) {
+            const size_t s = next++;
+            if (s >= reading.shares.size() || !windows.wait_open(reading.shares[s].window)) return;
+            const Share& share = reading.shares[s];
+            char* const memory = slots.memory[slot_of(share.window)];
+            for (size_t i = share.begin; i < share.end; ++i) {
+                const Piece& piece = reading.pieces[i];
+                if (const auto failure = read_piece(ranges, piece, memory + piece.target % slots.bytes)) {
+                    failures.add(*failure);
+                    return windows.stop();
+                }
+            }
+            windows.add(share.window);
+        }
+    };
+
+    // Half of the slots are being filled at a time. When the caller waits for a copy, to open the slot again, those of
+    // the other half were begun after it: the device does not run out of them.
+    const int64_t filling = std::max<int64_t>(1, slots.memory.size() / 2);
+    int answer = 0;
+    {
+        Workers workers;
+        const int64_t wanted = std::min<int64_t>(threads, reading.shares.size());
+        if (workers.begin(wanted, task) == 0 && wanted > 0) throw std::runtime_error("the system allows no more threads");
+        int64_t opened = 0;
+        for (int64_t window = 0; window < count && answer == 0; ++window) {
+            for (; opened < std::min(count, window + filling) && answer == 0; ++opened) {
+                answer = device.wait(slots.done[slot_of(opened)]);
+                if (answer == 0) windows.open();
+            }
+            if (answer != 0 || !windows.wait_full(window)) break;
+            const size_t slot = slot_of(window);
+            void* const stream = device.streams[window % device.streams.size()];
+            const int64_t begin = window * slots.bytes;
+            answer = device.copy(target + begin, slots.memory[slot], std::min(slots.bytes, size - begin), stream);
+            if (answer == 0) answer = device.record(slots.done[slot], stream);
+        }
+        if (answer != 0) windows.stop();
+    }
+    if (answer != 0) return Refusal{{}, answer};
+    if (failures.any()) return Refusal{*failures.first(), 0};
+    return std::nullopt;
 }
 
 }  // namespace flexlora::cpu

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flexlora_fast.backends import eigen
 from flexlora_fast.backends.launcher import launch
+from flexlora_fast.backends.transfer import moved
 
 _MOST = 65535  # blocks of a grid's second extent
 # Rows of a panel that one block of gram64 adds up. Of the shape alone, so that results do not depend on how many
@@ -33,7 +34,7 @@ def signs(addresses: Sequence[tuple[int, int]], rows: int, cols: int, *, device:
         raise ValueError(f"signs of {rows} rows and {cols} columns: a matrix must have less than 2^32 entries")
     out = torch.empty(len(addresses), rows, cols, device=device)
     if out.numel():
-        pairs = torch.tensor(list(addresses), dtype=torch.int64).to(device)
+        pairs = moved(torch.tensor(list(addresses), dtype=torch.int64), device)
         grid = (len(addresses), min(_ceil(quads, 256), _MOST))
         launch("flexlora_signs", grid, (256,), (pairs, rows, cols, out), device=device)
     return out
@@ -97,6 +98,15 @@ def ritz(gram: Tensor, core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values, vectors = eigen.on_cuda()[1](small)
     found, rotation, _ = ritz_end(T, values, vectors, spoiled, T.shape[1], last=False)
     return found, rotation, shifted
+
+
+def singular(gram: Tensor, core: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S (L, k) float64, both sides' rotations (L, l, k) float32, shifted (L,) bool: ``small.singular``."""
+    T, small, shifted, spoiled = ritz_begin(gram, core)
+    values, vectors = eigen.on_cuda()[1](small)
+    S, rotation, scaled = ritz_end(T, values, vectors, spoiled, k, last=True)
+    assert scaled is not None
+    return S, rotation, scaled, shifted
 
 
 def ritz_begin(gram: Tensor, core: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

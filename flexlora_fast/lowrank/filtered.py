@@ -174,7 +174,7 @@ def _rayleigh_ritz(core: Core, X: Tensor) -> _Ritz:
     H = core.image(X)
     Y = core.apply(H)
     values, rotation, shifted = small.ritz(small.gram64(X, H), small.gram64(H, Y))
-    return _Ritz(X @ rotation, H @ rotation, Y @ rotation, values.clamp_min(0), shifted)
+    return _Ritz(X @ rotation, H @ rotation, Y @ rotation, values, shifted)
 
 
 def _filtered(core: Core, ritz: _Ritz, degree: int) -> Tensor:
@@ -185,33 +185,33 @@ def _filtered(core: Core, ritz: _Ritz, degree: int) -> Tensor:
     """
     top = ritz.values[:, :1].clamp_min(_TINY)
     half = torch.maximum(ritz.values[:, -1:], 1e-7 * top) / 2  # (L, 1)
-    ratio = (half / (ritz.values - half).clamp_min(half)).float().unsqueeze(1)  # 1/g, (L, 1, w)
-    inverse = (1 / half).float().unsqueeze(2)
+    ratio = (half / (ritz.values - half).clamp_min(half)).float()  # 1/g, (L, w)
+    inverse = (1 / half).float()
     apart = (ritz.values.unsqueeze(2) > _APART * ritz.values.unsqueeze(1)).float()  # [j, i]: take j out of i
 
     def clean(Z: Tensor) -> Tensor:
-        return Z - ritz.X @ (apart * (ritz.H.mT @ Z))
+        return torch.baddbmm(Z, ritz.X, apart * (ritz.H.mT @ Z), alpha=-1)
 
-    sigma, before = ratio, ritz.X
-    now = (clean(ritz.Y) * inverse - ritz.X) * ratio
+    sigma, before, spare = ratio, ritz.X, torch.empty_like(ritz.X)
+    now = small.chebyshev(clean(ritz.Y), ritz.X, None, inverse * ratio, -ratio, None, out=torch.empty_like(ritz.X))
     for _ in range(degree - 1):
         following = 1 / (2 / ratio - sigma)
-        product = clean(core.apply(core.image(now))) * inverse - now
-        now, before = 2 * following * product - sigma * following * before, now
+        product = clean(core.apply(core.image(now)))
+        twice = 2 * following
+        small.chebyshev(product, now, before, twice * inverse, -twice, -sigma * following, out=spare)
+        now, before, spare = spare, now, before if before is not ritz.X else torch.empty_like(now)
         sigma = following
     return now
 
 
 def _last_pass(core: Core, left: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rayleigh-Ritz with ΔW itself on the span of ``left``: U, S, V and whether a Cholesky factor was shifted."""
-    turn, first = small.whiten(small.gram64(left, left))
-    U = left @ turn.float()
+    turn, first = small.whiten(small.gram64(left, left), torch.float32)
+    U = left @ turn
     W = core.project_t(U)
     # U is orthonormal to float32 rounding only, which would bias the Ritz values (see core._last_pass).
-    values, rotation, second = small.ritz(small.gram64(U, U), small.gram64(W, W))
-    S, rotation = values[:, :k].clamp_min(0).sqrt(), rotation[:, :, :k]
-    inverse = torch.where(1e-7 * S[:, :1] < S, 1 / S.clamp_min(_TINY), torch.zeros_like(S)).unsqueeze(1)
-    (U, third), (V, fourth) = _orthonormal(U @ rotation), _orthonormal(W @ (rotation * inverse).float())
+    S, to_U, to_V, second = small.singular(small.gram64(U, U), small.gram64(W, W), k)
+    (U, third), (V, fourth) = _orthonormal(U @ to_U), _orthonormal(W @ to_V)
     return U, S, V, first | second | third | fourth
 
 
@@ -220,8 +220,8 @@ def _orthonormal(X: Tensor) -> tuple[Tensor, Tensor]:
 
     Vectors of small singular values come with the rounding of the large ones in them.
     """
-    turn, shifted = small.whiten(small.gram64(X, X))
-    return X @ turn.float(), shifted
+    turn, shifted = small.whiten(small.gram64(X, X), torch.float32)
+    return X @ turn, shifted
 
 
 def _conditioned(X: Tensor, H: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ def _conditioned(X: Tensor, H: Tensor) -> Tensor:
     They need not be orthonormal, since Rayleigh-Ritz takes the inner product into account.
     """
     for _ in range(3):
-        turn = small.condition(small.gram64(X, H)).float()
+        turn = small.condition(small.gram64(X, H))
         X, H = X @ turn, H @ turn
     return X
 

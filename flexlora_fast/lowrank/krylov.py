@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.backends import cpu, reference
+from flexlora_fast.backends.small import orthonormalize
 from flexlora_fast.lowrank.random import signs
 
 
@@ -206,7 +207,7 @@ def _powered(op: Operator, basis: Tensor, image: Tensor | None = None) -> Tensor
     Both sides are orthonormalised: ΔWᵀΔW squares the spectrum, and float32 would lose its lower half.
     """
     image = op.apply(basis) if image is None else image
-    return reference.orthonormalize(op.apply_t(reference.orthonormalize(image)))
+    return orthonormalize(op.apply_t(orthonormalize(image)))
 
 
 def block_width(k: int) -> int:
@@ -264,7 +265,7 @@ def _replace_dependent(basis: Tensor, fresh: Tensor, key: int) -> tuple[Tensor, 
         other = signs(basis.shape[1], fresh.shape[2], key, batch=basis.shape[0], dtype=basis.dtype).to(basis.device)
         fresh = torch.where(gone.unsqueeze(1), other / basis.shape[1] ** 0.5, fresh)
     for _ in range(2):
-        fresh = reference.orthonormalize(_deflate(basis, fresh))
+        fresh = orthonormalize(_deflate(basis, fresh))
     return fresh, share
 
 

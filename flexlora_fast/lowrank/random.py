@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flexlora_fast.backends import cuda, launcher
 from flexlora_fast.backends.transfer import moved
 
 # splitmix64's increment and multipliers as signed 64-bit integers (torch has no unsigned arithmetic to speak of).
@@ -57,6 +58,8 @@ def signs_of(
     >>> signs(2, 3, key=stream(0, "layer")).shape
     torch.Size([1, 2, 3])
     """
+    if device is not None and dtype == torch.float32 and launcher.usable(device):
+        return cuda.signs(addresses, rows, cols, device=device)
     words = -(-cols // 64)
     places = torch.tensor(list(addresses), dtype=torch.int64).reshape(-1, 2)
     key, b = (places if device is None else moved(places, device)).unsqueeze(2).unbind(dim=1)
