@@ -64,9 +64,10 @@ FLEXLORA_DEVICE void multiply_panel(Block& block, PanelSums<Block>& mine, const 
         for (int b = 0; b < BLOCKS; ++b)
             block.load(y[b], [&](int i, int q) { return right[(k + q) * T_STRIDE + 8 * (2 * b + column) + i]; });
         FLEXLORA_UNROLL
-        for (int a = 0; a < ROW_BLOCKS; ++a)
+        for (int a = 0; a < ROW_BLOCKS; a += 2)
             FLEXLORA_UNROLL
-            for (int b = 0; b < BLOCKS; ++b) block.multiply(mine.sums[a][b], x[a], y[b]);
+            for (int b = 0; b < BLOCKS; ++b)
+                block.multiply_two(mine.sums[a][b], mine.sums[a + 1][b], x[a], x[a + 1], y[b]);
     }
 }
 

@@ -98,10 +98,14 @@ FLEXLORA_DEVICE void multiply_tile(Block& block, WarpSums<Block>& mine, const fl
             });
         }
         FLEXLORA_UNROLL
-        for (int a = 0; a < BLOCKS; ++a)
+        for (int b = 0; b < BLOCKS; ++b) {
             FLEXLORA_UNROLL
-            for (int b = 0; b < BLOCKS; ++b)
-                if (wanted(a, b)) block.multiply(mine.sums[a][b], x[a], y[b]);
+            for (int a = 0; a + 1 < BLOCKS; a += 2)
+                if (wanted(a, b) || wanted(a + 1, b))
+                    block.multiply_two(mine.sums[a][b], mine.sums[a + 1][b], x[a], x[a + 1], y[b]);
+            if (BLOCKS % 2 && wanted(BLOCKS - 1, b))
+                block.multiply(mine.sums[BLOCKS - 1][b], x[BLOCKS - 1], y[b]);
+        }
     }
 }
 

@@ -39,6 +39,10 @@ struct Lane {
             for (int j = 0; j < 8; ++j)
                 for (int k = 0; k < 4; ++k) sum.x[i][j] += a.x[i][k] * b.x[j][k];
     }
+    void multiply_two(Sum& upper, Sum& lower, const Operand& a, const Operand& c, const Operand& b) const {
+        multiply(upper, a, b);
+        multiply(lower, c, b);
+    }
     template <typename F>
     void store(const Sum& sum, F f) const {
         for (int i = 0; i < 8; ++i)
