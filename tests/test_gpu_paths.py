@@ -12,7 +12,7 @@ import torch
 
 import flexlora_fast as ff
 from flexlora_fast import admission, doctor, values
-from flexlora_fast.backends import cusolver, eigen, groups
+from flexlora_fast.backends import cusolver, eigen, groups, launcher
 from flexlora_fast.backends.group import Packed
 from flexlora_fast.errors import BackendError
 from flexlora_fast.lowrank import plan
@@ -83,6 +83,10 @@ def test_eigensolvers_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name)
 
     monkeypatch.setattr(importlib, "import_module", without)
+    monkeypatch.setattr(launcher, "obstacle", lambda: None)
+    assert eigen.on_cuda()[0] == "Jacobi's method, compiled"
+    eigen.on_cuda.cache_clear()
+    monkeypatch.setattr(launcher, "obstacle", lambda: "not compiled")
     with pytest.warns(RuntimeWarning, match=r"no library.*no module named cupy.*pip install"):
         name, solver = eigen.on_cuda()
     assert name == "torch, one matrix at a time"

@@ -2,7 +2,7 @@
 
 torch's solver on CUDA takes matrices of more than 32 columns one after the other
 (https://github.com/pytorch/pytorch/issues/174674: 500 of 100×100 in 914 ms, in one batch 8 ms). cuSOLVER has batched
-solvers; CuPy, where it is installed, reaches one of them.
+solvers; CuPy, where it is installed, reaches one of them; and there is a kernel of this package's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexlora_fast.backends import cusolver, reference
+from flexlora_fast.backends import cusolver, launcher, reference
 
 Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -42,6 +42,8 @@ def on_cuda() -> tuple[str, Solver]:
         cupy: Any = importlib.import_module("cupy")
     # A CuPy that does not fit the driver raises whatever it raises; that, too, is only a reason.
     except Exception as error:
+        if launcher.obstacle() is None:
+            return "Jacobi's method, compiled", _by_jacobi
         warnings.warn(
             f"eigenproblems run one layer at a time on this GPU, which takes most of a round: cuSOLVER's batched "
             f"solver is not reachable ({reason}), and CuPy cannot be imported ({error}): `pip install cupy-cuda13x`",
@@ -50,6 +52,13 @@ def on_cuda() -> tuple[str, Solver]:
         )
         return "torch, one matrix at a time", lambda C: tuple(torch.linalg.eigh(C))
     return "CuPy syevjBatched", functools.partial(_by_cupy, cupy)
+
+
+def _by_jacobi(C: Tensor) -> tuple[Tensor, Tensor]:
+    from flexlora_fast.backends.cuda import jacobi_eigh
+
+    values, vectors, _ = jacobi_eigh(C.contiguous())
+    return values, vectors
 
 
 def _by_cupy(cupy: Any, C: Tensor) -> tuple[Tensor, Tensor]:
