@@ -92,14 +92,15 @@ def test_kernels_compile_without_spills(compiled, record_property):
 def test_products_run_on_the_float64_tensor_cores(compiled):
     """The machine code has DMMA instructions; where nothing can take it apart, PTX has to have what they come from."""
     binary, _ = compiled
+    names = ("flexlora_gram64", "flexlora_apply_right")
     tools = [shutil.which("cuobjdump"), *(str(path) for path in triton_tools())]
     if tool := next((t for t in tools if t), None):
-        text, wanted, named = run(tool, "-sass", binary), "DMMA", r"Function : (\w+)"
+        text, wanted, named = run(tool, "-sass", "-fun", ",".join(names), binary), "DMMA", r"Function : (\w+)"
     else:
         text, wanted, named = ptx_of(binary), "mma.sync.aligned.m8n8k4", r"\.visible \.entry (\w+)"
     parts = re.split(named, text)[1:]
     with_products = [name for name, code in zip(parts[::2], parts[1::2], strict=True) if wanted in code]
-    for name in ("flexlora_gram64", "flexlora_apply_right"):
+    for name in names:
         assert with_products.count(name) >= (len(TARGETS) if wanted == "DMMA" else 1)
     assert wanted != "DMMA" or "DMMA.16x8x4" in text  # Hopper's, at twice the rate of those of 8 rows
 
@@ -140,3 +141,12 @@ def test_blocks_of_threads_have_no_data_races(tmp_path):
     assert run(*quiet, program).endswith("no races\n")
     broken = subprocess.run([*quiet, program, "race"], capture_output=True, text=True, check=False)
     assert broken.returncode and "data race" in broken.stderr
+
+
+@needs_gxx
+def test_lanes_of_a_gpu_have_the_entries_that_they_should(tmp_path):
+    """As many threads as a GPU has, with shuffles, products of warps and late copies as they are documented."""
+    program = tmp_path / "lanes"
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-pthread", "-I", ROOT / "csrc"]
+    run("g++", *flags, "-o", program, FOLDER / "tests" / "lanes.cpp")
+    assert run(program) == "lanes agree\n"
