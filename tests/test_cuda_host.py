@@ -117,6 +117,12 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
     return made
 
 
+def shared_bytes(name: str, size: int) -> int:
+    """What a kernel asks for on an H100: its packed matrices in shared memory, where they fit."""
+    inside, outside = (E.shared_bytes(size, workspace=workspace)[name] for workspace in (False, True))
+    return inside if inside <= H100 else outside
+
+
 def grams(count: int, size: int, generator: torch.Generator) -> Tensor:
     X = torch.randn(count, 2 * size + 3, size, dtype=torch.float64, generator=generator)
     return X.mT @ X
@@ -171,16 +177,10 @@ def test_small_problems_are_the_twins(emulated: Emulated, size: int, generator: 
     S, leading, scaled = cuda.ritz_end(T, *torch.linalg.eigh(core), spoiled, k, last=True)
     assert torch.allclose(S, values[:, :k].sqrt()) and torch.equal(leading, rotation[:, :, :k])
     assert scaled is not None and torch.allclose(scaled * S.unsqueeze(1).float(), leading, atol=1e-5)
-    for name, fits in {"flexlora_whiten": True, "flexlora_condition": True, "flexlora_ritz": False}.items():
-        in_shared = E.shared_bytes(size, workspace=not fits and size >= 158)[name]
-        in_shared = in_shared if in_shared <= H100 else E.shared_bytes(size, workspace=True)[name]
-        assert emulated.geometry[name] == ((2,), (256,), in_shared)
+    for name in ("flexlora_whiten", "flexlora_condition", "flexlora_ritz"):
+        assert emulated.geometry[name] == ((2,), (256,), shared_bytes(name, size))
     squares = -(-size // 32) * -(-k // 32)
-    assert emulated.geometry["flexlora_rotate"] == (
-        (squares, 2),
-        (256,),
-        E.shared_bytes(size, workspace=False)["flexlora_rotate"],
-    )
+    assert emulated.geometry["flexlora_rotate"] == ((squares, 2), (256,), shared_bytes("flexlora_rotate", size))
 
 
 @pytest.mark.parametrize("size", [1, 5, 44, 130, 180])
@@ -193,10 +193,8 @@ def test_rotations_are_the_twins(emulated: Emulated, size: int, generator: torch
     assert converged.all() and torch.allclose(S, torch.linalg.svdvals(A), rtol=1e-9, atol=1e-9)
     assert torch.allclose((U * S.unsqueeze(1)) @ V.mT, A, rtol=1e-9, atol=1e-9)
     for name in ("flexlora_jacobi_eigh", "flexlora_jacobi_svd"):
-        in_shared = E.shared_bytes(size, workspace=False)[name]
-        shared = in_shared if in_shared <= H100 else E.shared_bytes(size, workspace=True)[name]
         (layers,), (threads,), found = emulated.geometry[name]
-        assert (layers, found) == (2, shared)
+        assert (layers, found) == (2, shared_bytes(name, size))
         wanted = 8 * -(-size // 2)
         assert threads % 32 == 0 and (threads == 512 <= wanted or 0 <= threads - wanted < 32)
 
@@ -211,9 +209,7 @@ def test_cholesky_qr_is_the_twins(emulated: Emulated, size: int, generator: torc
     assert (gram[0] - torch.eye(size)).abs().max() < 1e-5 and not Q[1, :, size // 2].any()
     twin = reference.orthonormalize(Y[:1])
     assert (Q[:1] - twin @ (twin.mT @ Q[:1])).abs().max() < 1e-4 and torch.equal(Y, before)
-    in_shared = E.shared_bytes(size, workspace=False)["flexlora_root"]
-    root = in_shared if in_shared <= H100 else E.shared_bytes(size, workspace=True)["flexlora_root"]
-    assert emulated.geometry["flexlora_root"] == ((2,), (256,), root)
+    assert emulated.geometry["flexlora_root"] == ((2,), (256,), shared_bytes("flexlora_root", size))
     panels = -(-(size + 60) // 64)
     apply = E.shared_bytes(size, workspace=False)["flexlora_apply_right"]
     assert emulated.geometry["flexlora_apply_right"] == ((panels, 2), (128,), apply)
