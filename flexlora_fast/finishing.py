@@ -55,7 +55,7 @@ def solve_layers(work: Work, budget: int, take: Callable[[LayerUpdate], None], p
         writer = stack.enter_context(ThreadPoolExecutor(1, "flexlora_fast-write"))
         pieces = stack.enter_context(ReadAhead(work.pieces(stream), budget))
         if stream is not None:
-            stack.callback(stream.stop)  # first of all: the reading thread may wait for room that nobody gives up
+            stack.callback(stream.close)  # first of all: the reading thread may wait for room that nobody gives up
         pending: Future[None] | None = None
         updates = work.solved(pieces)
         for _ in track(work.plans, "layers", progress):

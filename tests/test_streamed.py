@@ -121,15 +121,15 @@ def test_a_file_that_is_cut_short_or_changed_is_named() -> None:
             if change == "cut":
                 path.write_bytes(path.read_bytes()[:-100])
             else:
-                real = streamed.Stream.stop
-                streamed.Stream.stop = lambda self: (path.write_bytes(path.read_bytes()), real(self))[1]
+                real = streamed.Stream.close
+                streamed.Stream.close = lambda self: (path.write_bytes(path.read_bytes()), real(self))[1]
             try:
                 agg.finish()
                 raise SystemExit("nobody was refused")
             except AdapterError as error:
                 assert error.client == "c3" and "changed" in str(error), error
             if change == "touched":
-                streamed.Stream.stop = real
+                streamed.Stream.close = real
             found = agg.finish()
             assert [r.client for r in found.refused] == ["c3"]
     """)
