@@ -130,9 +130,10 @@ class Aggregator:
             random probes, and state the standard error: 2.4 times faster on the benchmarks' *wide*, of R = 8,000.
         memory_limit: bound on the memory that the round works in: bytes, or a text such as "2GiB" (default: half of
             the machine's). It covers tensors read from files, stacks and the solvers' scratch; not the interpreter,
-            adapters that came in memory, or a result that stays in memory. A layer that does not fit is summed up from
-            blocks of clients as a dense ΔW, with solver "dense", whatever ``solver`` and ``tol`` say; its certificate
-            holds as well.
+            adapters that came in memory, or a result that stays in memory. On a GPU it bounds what the round takes of
+            its memory as well (default: 9/10 of what is free), beside factors that lie there already. A layer that does
+            not fit is summed up from blocks of clients as a dense ΔW, with solver "dense", whatever ``solver`` and
+            ``tol`` say; its certificate holds as well.
         read: when files are read. "add": as clients come, so that one with bad values is refused at once; tensors
             stay in memory as far as half the limit goes, the others are read again in ``finish``. "finish": once,
             layer by layer, while earlier layers are solved; a client with bad values is found only then.
