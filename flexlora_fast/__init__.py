@@ -10,6 +10,7 @@ from __future__ import annotations
 from flexlora_fast import errors, methods
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator, aggregate
+from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "GlobalUpdate",
     "LayerUpdate",
     "Refusal",
+    "RoundPolicy",
     "aggregate",
     "errors",
     "methods",

@@ -63,6 +63,13 @@ class Adapter:
     # -- ways in ---
 
     @classmethod
+    def of_skeleton(cls, skeleton: Skeleton, tensors: Mapping[str, Tensor], client: str | None = None) -> Adapter:
+        """Tensors, by the skeleton's names, that are known to have its shapes: nothing is inferred or checked."""
+        adapter = cls.__new__(cls)
+        adapter.client, adapter.skeleton, adapter._tensors = client, skeleton, tensors
+        return adapter
+
+    @classmethod
     def load(
         cls,
         path: str | os.PathLike[str],

@@ -11,6 +11,7 @@ import torch
 
 from flexlora_fast import values
 from flexlora_fast.adapter import Adapter
+from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError, IncompatibleAdapterError, WeightError
 from flexlora_fast.layouts import LayerSpec
 
@@ -24,18 +25,19 @@ class Admission:
         self._specs: dict[str, tuple[LayerSpec, str]] = {}
         self._agreed: dict[str, tuple[Any, str]] = {}
 
-    def check(self, name: str, adapter: Adapter, weight: Any) -> None:
-        """Everything that can refuse a client by what it is (values apart), before anything of the round changes.
+    def check_client(self, name: str, weight: Any) -> None:
+        """What can refuse a client before its adapter is looked at.
 
-        Raises:
-            WeightError: a weight that is no finite number ≥ 0.
-            IncompatibleAdapterError: a name that was already taken, or layers, extras or a config that do not fit
-                those of the round.
+        Raises ``WeightError`` for a weight that is no finite number ≥ 0, ``IncompatibleAdapterError`` for a name that
+        was already taken.
         """
         if name in self._names:
             raise IncompatibleAdapterError("this client is already in the round; give each client its own name")
-        if not _is_weight(weight):
+        if not is_weight(weight):
             raise WeightError(f"weight is {weight!r}; give a finite number ≥ 0")
+
+    def check(self, name: str, adapter: Adapter) -> None:
+        """Raise ``IncompatibleAdapterError`` for layers, extras or a config that do not fit those of the round."""
         for layer, spec in adapter.skeleton.specs.items():
             known, first = self._specs.get(layer, (spec, name))
             if _geometry(spec) != _geometry(known):
@@ -94,8 +96,8 @@ def check_name(name: Any) -> None:
         raise AdapterError(f"its name is {name!r}; give a non-empty string")
 
 
-def _is_weight(weight: Any) -> bool:
-    """Finite and ≥ 0; NumPy's numbers count, as dataset sizes often are."""
+def is_weight(weight: Any) -> bool:
+    """A number, finite and ≥ 0; NumPy's numbers count, as dataset sizes often are."""
     if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
         return False
     try:
@@ -115,7 +117,15 @@ def _describe(spec: LayerSpec) -> str:
 
 def _common_facts(adapter: Adapter) -> dict[str, tuple[Any, str]]:
     """What all clients of a round must agree about, as far as this one says anything of it: value and remedy."""
-    config = adapter.skeleton.config
+    facts = facts_of(adapter.skeleton.config)
+    for key in adapter.skeleton.extra_keys:
+        shape = adapter.skeleton.forms[key].shape
+        facts[f"shape of tensor {key!r}"] = (shape, "tensors that are averaged must have one shape")
+    return facts
+
+
+def facts_of(config: Config) -> dict[str, tuple[Any, str]]:
+    """What all clients of a round must agree about in their configs: value and remedy by key."""
     facts: dict[str, tuple[Any, str]] = {
         key: (config.get(key), remedy)
         for key, remedy in (
@@ -126,7 +136,4 @@ def _common_facts(adapter: Adapter) -> dict[str, tuple[Any, str]]:
     base = PurePath(str(config.get("base_model_name_or_path") or "")).name  # a local copy has another parent folder
     if base:
         facts["base_model_name_or_path"] = (base, "all clients of a round must adapt the same base model")
-    for key in adapter.skeleton.extra_keys:
-        shape = adapter.skeleton.forms[key].shape
-        facts[f"shape of tensor {key!r}"] = (shape, "tensors that are averaged must have one shape")
     return facts

@@ -11,19 +11,20 @@ from typing import Literal
 
 import torch
 
-from flexlora_fast import finishing, memory, methods
+from flexlora_fast import devices, finishing, memory, methods
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.admission import Admission, check_name, check_values
 from flexlora_fast.backends import cpu
 from flexlora_fast.errors import (
     AdapterError,
-    BackendError,
     EmptyRoundError,
     FlexLoRAError,
     OptionError,
     RankError,
     WeightError,
 )
+from flexlora_fast.gate import RoundPolicy
+from flexlora_fast.gate.entrance import Entrance, Source
 from flexlora_fast.incremental import GramTable
 from flexlora_fast.kernels import obstacle
 from flexlora_fast.layouts import LayerSpec
@@ -37,7 +38,6 @@ from flexlora_fast.stored import Stored
 from flexlora_fast.update import GlobalUpdate, Refusal
 from flexlora_fast.work import Client, Work
 
-Source = Adapter | str | os.PathLike[str]
 MISSING = ("zero", "renormalize")
 READ = ("add", "finish")
 RESULTS = ("cpu", "device")
@@ -137,6 +137,10 @@ class Aggregator:
         read: when files are read. "add": as clients come, so that one with bad values is refused at once; tensors
             stay in memory as far as half the limit goes, the others are read again in ``finish``. "finish": once,
             layer by layer, while earlier layers are solved; a client with bad values is found only then.
+        policy: what clients may send. With it, uploads may come from anybody: each is copied, and held against the
+            policy, before it is used. Without it they are believed as far as they do not contradict themselves.
+        spool: a folder of your own for the copies, which stay there (default: one that goes with the aggregator, where
+            temporary files go).
         progress: a bar on stderr: None shows it on a terminal only.
 
     >>> import torch, flexlora_fast as ff
@@ -163,6 +167,8 @@ class Aggregator:
         memory_limit: int | str | None = None,
         read: Literal["add", "finish"] = "add",
         results: Literal["cpu", "device"] = "cpu",
+        policy: RoundPolicy | None = None,
+        spool: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
     ) -> None:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
@@ -174,12 +180,13 @@ class Aggregator:
         if read not in READ:
             raise OptionError(f"read {read!r} is neither 'add' nor 'finish'")
         self.rank, self.method, self.solver, self.tol = rank, methods.get(method), plan.check_solver(solver), tol
-        self.device, self.seed, self.missing = _device(device), seed, missing
+        self.device, self.seed, self.missing = devices.usable(device), seed, missing
         self.certificate = plan.check_certificate(certificate)
         self.memory_limit, self._room = memory.parse_limit(memory_limit), memory_limit
         if results not in RESULTS:
             raise OptionError(f"results {results!r} is neither 'cpu' nor 'device'")
         self.read, self.results, self.progress = read, results, progress
+        self.policy, self._entrance = policy, Entrance(policy, spool)
         self.refused: list[Refusal] = []
         self._clients: dict[str, Client] = {}
         self._admission = Admission()
@@ -198,24 +205,26 @@ class Aggregator:
 
     def name_for(self, adapter: Source) -> str:
         """The name a client gets when none is given: the adapter's own, its path, or a running number."""
-        if isinstance(adapter, Adapter):
-            return adapter.client or f"client-{len(self._clients) + len(self.refused):04d}"
+        if isinstance(adapter, Adapter | bytes):
+            given = adapter.client if isinstance(adapter, Adapter) else None
+            return given or f"client-{len(self._clients) + len(self.refused):04d}"
         return PurePath(os.path.normpath(adapter)).as_posix()
 
     def add(self, adapter: Source, weight: float = 1.0, client: str | None = None) -> None:
         """Take one client into the round.
 
         Args:
-            adapter: an :class:`Adapter`, or the path of a PEFT adapter folder.
+            adapter: an :class:`Adapter`, or the path of a PEFT adapter folder; with a policy, also that of a
+                safetensors file, or its bytes.
             weight: its weight before normalisation, finite and ≥ 0 (usually its number of examples).
             client: its name, a non-empty string of its own (default: ``name_for``); results do not depend on the
                 order of arrival of named clients.
 
         Raises:
-            AdapterError (UnsupportedAdapterError, IncompatibleAdapterError), WeightError: the client is refused,
-            noted in ``refused``, and the round is as if it had never come.
+            AdapterError (UnsupportedAdapterError, IncompatibleAdapterError, with a policy RefusedError), WeightError:
+            the client is refused, noted in ``refused``, and the round is as if it had never come.
 
-        A folder, or an adapter's tensors, must stay as they are until the round is finished.
+        Without a policy a folder must stay as it is until the round is finished; an adapter's tensors always must.
 
         With ``read="add"`` this is where most of the round's work happens: files are read, values checked, and the
         Grams of the factors grow with every 128 columns, as far as a quarter of ``memory_limit`` goes.
@@ -223,17 +232,22 @@ class Aggregator:
         name = self.name_for(adapter) if client is None else client
         try:
             check_name(name)
-            source = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter, client=name)
-            self._admission.check(name, source, weight)
-            held = source
-            if self.read == "add":
-                held = self._kept_if_room(source)
+            self._admission.check_client(name, weight)
+            source = self._entrance.take(adapter, name, weight)
+            try:
+                self._admission.check(name, source)
+            except AdapterError:
+                self._entrance.drop(source)
+                raise
+            held = self._kept_if_room(source) if self.read == "add" else source
+            if self.read == "add" and self.policy is None:
                 check_values(name, held)
         except FlexLoRAError as error:
             error.at(client=str(name))  # str: a name may be refused for being none
-            self.refused.append(Refusal(str(name), str(error)))
+            self.refused.append(Refusal(str(name), str(error), error.code))
             raise
-        self._clients[name] = Client(name, held, float(weight), source, checked=self.read == "add")
+        checked = self.read == "add" or self.policy is not None
+        self._clients[name] = Client(name, held, float(weight), source, checked=checked)
         self._kept += held.skeleton.nbytes if held is not source else 0
         self._admission.accept(name, source)
         if self._resident is not None:
@@ -377,22 +391,8 @@ class Aggregator:
             self._resident.drop(name)
         if self._stored is not None:
             self._stored.drop(name)
-        self.refused.append(Refusal(name, str(error)))
+        self.refused.append(Refusal(name, str(error), error.code))
+        self._entrance.drop(gone.source)
         self._admission = Admission()
         for client in self._clients.values():
             self._admission.accept(client.name, client.source)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        chosen = torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError) as error:
-        raise BackendError(f"device {device!r} is none that torch knows: {error}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError("device 'cuda' was asked for, but torch sees no GPU; `flexlora-fast doctor` says more")
-    try:  # "meta", a GPU that is not there, or one without the float64 that certificates need
-        probe = torch.ones(1, dtype=torch.float64, device=chosen)
-        probe.item()
-    except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
-        raise BackendError(f"device {device!r} cannot compute here: {error}") from error
-    return probe.device  # with its index, as tensors name it: "cuda" is not equal to "cuda:0"

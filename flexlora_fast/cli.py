@@ -245,7 +245,7 @@ def _load(
         try:
             loaded.append((source.name, Adapter.load(source.path, client=source.name), weights[i]))
         except FlexLoRAError as error:
-            refused.append(Refusal(source.name, str(error.at(client=source.name))))
+            refused.append(Refusal(source.name, str(error.at(client=source.name)), error.code))
     return loaded, refused
 
 

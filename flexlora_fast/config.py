@@ -27,6 +27,8 @@ from flexlora_fast.variants import Config, refuse_unsupported
 __all__ = [
     "Config",
     "alpha_for",
+    "check_numbers",
+    "filled",
     "normalize",
     "parameter_targets",
     "rank_for",
@@ -63,6 +65,16 @@ def normalize(config: Any, client: str | None = None) -> Config:
     >>> c["target_modules"], scale_for(c, "layers.0.q")
     (['q', 'v'], 2.0)
     """
+    plain = filled(config, client)
+    check_numbers(plain, client)
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in plain[name]:
+            _compile(rf"(.*\.)?({pattern})$", name, pattern, client)
+    return plain
+
+
+def filled(config: Any, client: str | None = None) -> Config:
+    """``normalize`` without its checks of numbers and patterns."""
     if not isinstance(config, Mapping):
         if not callable(getattr(config, "to_dict", None)):
             raise AdapterError(
@@ -80,7 +92,6 @@ def normalize(config: Any, client: str | None = None) -> Config:
             f"peft_type is {plain['peft_type']!r}; only LORA adapters can be aggregated: train with peft.LoraConfig",
             client=client,
         )
-    _check_numbers(plain, client)
     return plain
 
 
@@ -103,7 +114,8 @@ def _jsonable(value: Any, key: str, client: str | None) -> Any:
     )
 
 
-def _check_numbers(config: Config, client: str | None) -> None:
+def check_numbers(config: Config, client: str | None = None) -> None:
+    """Raise ``AdapterError`` for ranks, alphas and patterns of a wrong type; no pattern is compiled."""
     _check_rank(config["r"], "r", client)
     _check_alpha(config["lora_alpha"], "lora_alpha", client)
     if not isinstance(config["use_rslora"], bool):
@@ -116,7 +128,6 @@ def _check_numbers(config: Config, client: str | None) -> None:
             )
         for pattern, value in patterns.items():
             check(value, f"{name}[{pattern!r}]", client)
-            _compile(rf"(.*\.)?({pattern})$", name, pattern, client)
 
 
 def _check_rank(value: Any, what: str, client: str | None) -> None:

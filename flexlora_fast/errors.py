@@ -7,8 +7,11 @@ class FlexLoRAError(Exception):
     """Base of all errors of this package.
 
     ``message`` says what is wrong and what to do. ``client`` and ``layer``, where they are known, are quoted in
-    front of it and kept as attributes, so that a server can act on them without parsing text.
+    front of it and kept as attributes, so that a server can act on them without parsing text. ``code`` is a short
+    name of the kind of error that stays the same while messages may change.
     """
+
+    code: str = "error"
 
     def __init__(self, message: str, *, client: str | None = None, layer: str | None = None) -> None:
         self.message = message
@@ -32,17 +35,46 @@ class FlexLoRAError(Exception):
 class AdapterError(FlexLoRAError, ValueError):
     """An adapter that cannot be read: a missing or misshapen tensor, NaN or Inf, a config that contradicts itself."""
 
+    code = "adapter"
+
 
 class UnsupportedAdapterError(AdapterError):
     """An adapter whose ΔW is not s·B·A (PiSSA, DoRA, …): adding it up would be silently wrong."""
+
+    code = "unsupported"
 
 
 class IncompatibleAdapterError(AdapterError):
     """An adapter that is fine alone but does not fit the round: other base model, other layer shapes."""
 
+    code = "incompatible"
+
+
+class RefusedError(AdapterError):
+    """An upload that a ``RoundPolicy`` does not admit.
+
+    Attributes:
+        code: one of ``gate.Reason``. value: what was found, as text of at most 100 characters. remedy: what to do.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        code: str = "adapter",
+        client: str | None = None,
+        layer: str | None = None,
+        value: object = "",
+        remedy: str = "have it sent again",
+    ) -> None:
+        self.code, self.value, self.remedy = str(code), shown(value), remedy
+        super().__init__(f"{what}; {remedy}", client=client, layer=layer)
+
 
 class WeightError(FlexLoRAError, ValueError):
     """A client weight that is negative, NaN or infinite, or weights that sum to zero."""
+
+    code = "weight"
 
 
 class EmptyRoundError(FlexLoRAError, ValueError):
@@ -59,3 +91,13 @@ class OptionError(FlexLoRAError, ValueError):
 
 class BackendError(FlexLoRAError, RuntimeError):
     """A backend or device that was asked for by name and cannot run here."""
+
+
+def shown(value: object, longest: int = 100) -> str:
+    """What a stranger sent, fit to be quoted: printable, on one line, cut.
+
+    >>> shown("q_proj"), shown("a" * 50, longest=9)
+    ("'q_proj'", "'aaaaaaa…")
+    """
+    text = repr(value[: longest + 1] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -282,6 +282,17 @@ def to_factors(spec: LayerSpec, a_raw: Tensor, b_raw: Tensor) -> tuple[Tensor, T
     return a_raw.reshape(1, -1, spec.n), b_raw.reshape(1, spec.m, -1)
 
 
+def stored_shapes(spec: LayerSpec, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B in the state dict at this rank.
+
+    >>> stored_shapes(LayerSpec("c", "conv", 6, 24, "A", "B", "c", a_shape_tail=(2, 3, 4)), rank=5)
+    ((5, 2, 3, 4), (6, 5, 1, 1))
+    """
+    if spec.kind == "conv":
+        return (rank, *spec.a_shape_tail), (spec.m, rank, *(1 for _ in spec.a_shape_tail[1:]))
+    return (rank * spec.experts, spec.n), (spec.m, rank * spec.experts)
+
+
 def from_factors(spec: LayerSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The contiguous tensors of the state dict from A (E, r, n) and B (E, m, r); the inverse of
     ``to_factors``.
@@ -296,8 +307,8 @@ def from_factors(spec: LayerSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
     if spec.kind == "moe":
         return a.reshape(-1, spec.n).contiguous(), b.permute(1, 2, 0).reshape(spec.m, -1).contiguous()
     if spec.kind == "conv":
-        ones = (1,) * (len(spec.a_shape_tail) - 1)
-        return a[0].reshape(rank, *spec.a_shape_tail).contiguous(), b[0].reshape(spec.m, rank, *ones).contiguous()
+        a_shape, b_shape = stored_shapes(spec, rank)
+        return a[0].reshape(a_shape).contiguous(), b[0].reshape(b_shape).contiguous()
     return a[0].contiguous(), b[0].contiguous()
 
 

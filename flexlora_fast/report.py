@@ -136,7 +136,7 @@ class Report:
                 "total": self.total,
                 "layers": self.rows,
                 "clients": self.clients,
-                "refused": [{"client": r.client, "reason": r.reason} for r in self.refused],
+                "refused": [{"client": r.client, "reason": r.reason, "code": r.code} for r in self.refused],
                 "extras": sorted(self.update.extras),
             }
         )

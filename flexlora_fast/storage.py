@@ -6,6 +6,7 @@ larger than memory.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,7 +62,7 @@ def about(update: GlobalUpdate) -> dict[str, Any]:
     return {
         "clients": clients,
         "kinds": kinds,
-        "refused": [{"client": refusal.client, "reason": refusal.reason} for refusal in update.refused],
+        "refused": [dataclasses.asdict(refusal) for refusal in update.refused],
         "method": update.method,
         "seed": update.seed,
         "template": update.template,

@@ -13,8 +13,9 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -94,9 +95,9 @@ class TensorFile(Mapping[str, Tensor]):
         try:
             with open(self.path, "rb", buffering=0) as file:
                 self._stamp = _stamp(os.fstat(file.fileno()))
-                self.index = _read_index(file.fileno(), self._stamp[1])
+                self.index = read_index(partial(os.pread, file.fileno()), self._stamp[1])
                 self._held = Opened(os.dup(file.fileno())) if hold else None
-        except (OSError, _BadFile) as error:
+        except (OSError, BadFileError) as error:
             raise AdapterError(
                 f"{self.path!r} is not a readable safetensors file ({error}); have it sent again"
             ) from error
@@ -267,22 +268,35 @@ def _runs(pending: list[tuple[int, memoryview]]) -> Iterator[tuple[int, list[mem
 # -- the header ---
 
 
-class _BadFile(Exception):
+class BadFileError(Exception):
     """What is wrong with a file."""
 
 
-def _read_index(descriptor: int, size: int) -> Index:
-    first = os.pread(descriptor, 8, 0)
+class LongHeaderError(BadFileError):
+    """A header longer than the reader takes; none of it was read."""
+
+
+def read_index(read: Callable[[int, int], bytes], size: int, longest: int = LONGEST_HEADER) -> Index:
+    """The checked header of a file of ``size`` bytes.
+
+    Args:
+        read: as ``os.pread``: from (count, offset) to bytes, as many as come at once, none at the end.
+        longest: bytes of header to take at most.
+
+    Raises ``BadFileError`` for a header that is none, contradicts itself, or does not describe ``size`` bytes.
+    """
+    first = read(8, 0)
     if len(first) < 8:
-        raise _BadFile(f"it has {size} bytes, and a header length alone takes 8")
+        raise BadFileError(f"it has {size} bytes, and a header length alone takes 8")
     length = int.from_bytes(first, "little")
-    if length > LONGEST_HEADER or 8 + length > size:
-        raise _BadFile(f"its header would have {length} bytes, the file has {size}")
+    if length > longest or 8 + length > size:
+        kind = LongHeaderError if 8 + length <= size else BadFileError
+        raise kind(f"its header would have {length} bytes, the file has {size}")
     header = bytearray()
     while len(header) < length:
-        more = os.pread(descriptor, length - len(header), 8 + len(header))
+        more = read(length - len(header), 8 + len(header))
         if not more:
-            raise _BadFile("it ends within its header")
+            raise BadFileError("it ends within its header")
         header += more
     digest = hashlib.sha256(header).digest()
     index = _indices.get(digest)
@@ -290,7 +304,7 @@ def _read_index(descriptor: int, size: int) -> Index:
         index = _parse(bytes(header), digest)
         _indices[digest] = index
     if index.size != size:
-        raise _BadFile(f"its header describes {index.size} bytes, the file has {size}")
+        raise BadFileError(f"its header describes {index.size} bytes, the file has {size}")
     return index
 
 
@@ -298,18 +312,18 @@ def _parse(header: bytes, digest: bytes) -> Index:
     try:
         document = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise _BadFile(f"its header is not JSON: {error}") from error
+        raise BadFileError(f"its header is not JSON: {error}") from error
     if not isinstance(document, dict) or header[:1] != b"{":
-        raise _BadFile("its header is no JSON object")
+        raise BadFileError("its header is no JSON object")
     metadata = document.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _BadFile("its __metadata__ does not map names to text")
+        raise BadFileError("its __metadata__ does not map names to text")
     entries = {name: _entry(name, fields) for name, fields in document.items()}
     at = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != at:
             what = "overlaps the tensor before it" if entry.start < at else "leaves a gap before it"
-            raise _BadFile(f"{name!r} at byte {entry.start} of the data {what}, which ends at {at}")
+            raise BadFileError(f"{name!r} at byte {entry.start} of the data {what}, which ends at {at}")
         at = entry.stop
     return Index(entries, metadata, 8 + len(header), digest)
 
@@ -323,15 +337,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, fields: Any) -> Entry:
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
-        raise _BadFile(f"{name!r} lacks dtype, shape or data_offsets")
+        raise BadFileError(f"{name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _BadFile(f"{name!r} has dtype {dtype!r}, which is not supported")
+        raise BadFileError(f"{name!r} has dtype {dtype!r}, which is not supported")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise _BadFile(f"{name!r} has shape {str(shape)[:80]} and data_offsets {str(offsets)[:80]}")
+        raise BadFileError(f"{name!r} has shape {str(shape)[:80]} and data_offsets {str(offsets)[:80]}")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
-        raise _BadFile(f"{name!r} has {offsets[1] - offsets[0]} bytes of data, but {dtype} {shape} takes {needed}")
+        raise BadFileError(f"{name!r} has {offsets[1] - offsets[0]} bytes of data, but {dtype} {shape} takes {needed}")
     return Entry(DTYPES[dtype], tuple(shape), *offsets)
 
 

@@ -45,10 +45,14 @@ class ClientRecord:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A client that was not taken into the round, and why."""
+    """A client that was not taken into the round, and why.
+
+    ``code`` is that of the error (``errors``, ``gate.Reason``), and stays the same while sentences may change.
+    """
 
     client: str
     reason: str
+    code: str = ""
 
 
 @dataclass(frozen=True)

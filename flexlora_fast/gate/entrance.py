@@ -1,0 +1,57 @@
+"""How clients come into one round: through its policy, where it has one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+
+from flexlora_fast.adapter import Adapter
+from flexlora_fast.errors import AdapterError, OptionError
+from flexlora_fast.gate.policy import RoundPolicy, discard
+
+Source = Adapter | str | os.PathLike[str] | bytes
+
+
+class Entrance:
+    """Adapters from what clients send, and the copies of theirs that the round reads from.
+
+    Args:
+        policy: None believes clients as far as they do not contradict themselves.
+        spool: folder for the copies, which stay there; None makes one that goes with this object.
+    """
+
+    def __init__(self, policy: RoundPolicy | None, spool: str | os.PathLike[str] | None) -> None:
+        if spool is not None and policy is None:
+            raise OptionError("spool is where a policy's copies go, and there is no policy; give one, or no spool")
+        self.policy, self._spool = policy, spool
+        self._copies: set[Adapter] = set()
+
+    def take(self, source: Source, client: str, weight: float) -> Adapter:
+        """The adapter in ``source``; with a policy its values are checked as well.
+
+        Raises ``AdapterError``, with a policy ``RefusedError``.
+        """
+        if self.policy is None:
+            if isinstance(source, bytes):
+                raise AdapterError("bytes do not tell their scales; give the round a policy, or an Adapter")
+            return source if isinstance(source, Adapter) else Adapter.load(source, client=client)
+        if isinstance(source, Adapter):
+            self.policy.check(source, client=client, weight=weight)
+            return source
+        adapter = self.policy.admit(source, client=client, weight=weight, spool=self._folder())
+        self._copies.add(adapter)
+        return adapter
+
+    def drop(self, adapter: Adapter) -> None:
+        """Remove the copy of a client that is refused after all, if there is one."""
+        if adapter in self._copies:
+            self._copies.remove(adapter)
+            discard(adapter)
+
+    def _folder(self) -> str | os.PathLike[str]:
+        if self._spool is None:
+            self._spool = tempfile.mkdtemp(prefix="flexlora-")
+            weakref.finalize(self, shutil.rmtree, self._spool, ignore_errors=True)
+        return self._spool

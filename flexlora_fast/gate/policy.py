@@ -1,0 +1,306 @@
+"""What the clients of a round may send, as the server says it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal, Required, TypedDict, Unpack
+from weakref import WeakValueDictionary
+
+import torch
+
+from flexlora_fast import config as configs
+from flexlora_fast.adapter import Adapter
+from flexlora_fast.admission import check_name, is_weight
+from flexlora_fast.config import Config
+from flexlora_fast.errors import AdapterError, OptionError, RefusedError, shown
+from flexlora_fast.gate import claims, intake, norms
+from flexlora_fast.gate.manifest import Manifest
+from flexlora_fast.gate.reasons import Reason
+from flexlora_fast.layouts import FACTOR_DTYPES, PREFIX, LayerSpec
+from flexlora_fast.skeleton import Form, Skeleton
+from flexlora_fast.tensorfile import Index, TensorFile
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CONFIG = 16_384  # bytes of a config apart from what grows with the layers; PEFT's own defaults take 1,400
+
+ScaleRule = Literal["alpha", "constant"] | Callable[[str, int], float]
+
+
+class Rules(TypedDict, total=False):
+    """What a :class:`RoundPolicy` allows beyond the layers; see there."""
+
+    ranks: Required[Collection[int]]
+    scale: ScaleRule
+    dtypes: Collection[torch.dtype]
+    max_weight: float
+    max_bytes: int | None
+    max_layer_norm: float
+    max_norm: float
+    max_extra_norm: float
+
+
+class RoundPolicy:
+    """The only source of truth about a round: what is admitted agrees with it in everything but the numbers.
+
+    Made by ``from_adapter``, ``from_model`` or ``from_config``, which say what the layers are. The rules:
+
+    Args:
+        ranks: allowed for any layer, such as ``(8, 16, 64)`` or ``range(1, 65)``.
+        scale: what s is at a rank. "alpha": the reference's alpha (and rsLoRA) of each layer, as PEFT scales it;
+            "constant": the reference's s of each layer at every rank; or a function from layer and rank to s.
+            A client whose config says otherwise is refused, since it trained another update.
+        dtypes: of factors, and of other tensors (which may also keep the reference's dtype).
+        max_weight: the largest weight that a client may have.
+        max_bytes: of a weights file (default: what the expected tensors take at the largest rank in the widest dtype).
+        max_layer_norm: of ‖s·B·A‖_F of each layer (and of ‖s·b‖ with ``lora_bias``). max_norm: of the root of the
+            sum of their squares. max_extra_norm: of each other tensor. Default: what float32 can hold.
+
+    Every layer and every other tensor of the reference must be there.
+
+    >>> import safetensors.torch
+    >>> policy = RoundPolicy.from_config({"r": 8, "lora_alpha": 16}, {"fc": (4, 3)}, ranks=(2, 8), max_layer_norm=100)
+    >>> state = {"base_model.model.fc.lora_A.weight": torch.ones(2, 3),
+    ...          "base_model.model.fc.lora_B.weight": torch.ones(4, 2)}
+    >>> policy.admit(safetensors.torch.save(state), client="a").scale("fc")
+    8.0
+    >>> state["base_model.model.fc.lora_B.weight"] *= 1e9
+    >>> policy.admit(safetensors.torch.save(state), client="b")
+    Traceback (most recent call last):
+    flexlora_fast.errors.RefusedError: client 'b', layer 'fc': ‖s·B·A‖_F is 5.543e+10, the policy allows 100; ...
+    """
+
+    def __init__(self, skeleton: Skeleton, **rules: Unpack[Rules]) -> None:
+        self._reference = skeleton
+        self.ranks = rules["ranks"] if isinstance(rules["ranks"], range) else frozenset(rules["ranks"])
+        self.scale_rule = rules.get("scale", "alpha")
+        self.dtypes = frozenset(rules.get("dtypes", _DTYPES))
+        self.max_weight = rules.get("max_weight", 1.0)
+        self.max_layer_norm = rules.get("max_layer_norm", math.inf)
+        self.max_norm = rules.get("max_norm", math.inf)
+        self.max_extra_norm = rules.get("max_extra_norm", math.inf)
+        self._check_rules()
+        extras = {key: skeleton.forms[key] for key in skeleton.extra_keys}
+        self._manifest = Manifest(skeleton.specs, skeleton.bias_keys, extras, self.ranks, self.dtypes)
+        wanted = rules.get("max_bytes")
+        needed = 8 + self._manifest.longest_header + self._manifest.longest_data
+        if wanted is not None and (not _is_count(wanted) or wanted < 8):
+            raise OptionError(f"max_bytes is {wanted!r}; give a number of bytes, or None for what the layers take")
+        self.max_bytes = needed if wanted is None else min(wanted, needed)
+        # Names of modules come up to three times: in both patterns, escaped, and in target_modules.
+        self.max_config_bytes = _CONFIG + sum(8 * (len(spec.pattern_name) + 16) for spec in skeleton.specs.values())
+        self._skeletons: WeakValueDictionary[Any, Skeleton] = WeakValueDictionary()
+
+    # -- ways to make one ---
+
+    @classmethod
+    def from_adapter(cls, reference: Adapter | str | os.PathLike[str], **rules: Unpack[Rules]) -> RoundPolicy:
+        """The layers, other tensors and config of an adapter of the server's own (or its trusted folder)."""
+        adapter = reference if isinstance(reference, Adapter) else Adapter.load(reference)
+        return cls(adapter.skeleton, **rules)
+
+    @classmethod
+    def from_model(cls, model: Any, adapter_name: str = "default", **rules: Unpack[Rules]) -> RoundPolicy:
+        """Those of a live PEFT model's adapter (needs ``peft``); the scale each layer has now is the reference's."""
+        return cls(Adapter.from_peft(model, adapter_name).skeleton, **rules)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        layers: Mapping[str, tuple[int, int]],
+        extras: Mapping[str, Sequence[int]] | None = None,
+        **rules: Unpack[Rules],
+    ) -> RoundPolicy:
+        """From a ``LoraConfig`` (or its dict) and the shapes of the linear layers it adapts.
+
+        Args:
+            layers: (m, n), outputs and inputs, by module path. extras: shapes of other tensors (heads, biases) by
+                module path and name, such as ``{"classifier.weight": (2, 768)}``; float32.
+
+        Embeddings, convolutions and experts have factors of other shapes: use ``from_adapter`` or ``from_model``.
+        """
+        plain = configs.normalize(config)
+        state = {name: torch.empty(tuple(shape), device="meta") for name, shape in (extras or {}).items()}
+        for layer, (m, n) in layers.items():
+            rank = configs.rank_for(plain, layer)
+            state[f"{PREFIX}{layer}.lora_A.weight"] = torch.empty(rank, n, device="meta")
+            state[f"{PREFIX}{layer}.lora_B.weight"] = torch.empty(m, rank, device="meta")
+        return cls(Skeleton.of(state, plain, None), **rules)
+
+    # -- what it says ---
+
+    @property
+    def specs(self) -> dict[str, LayerSpec]:
+        """The expected layers."""
+        return dict(self._reference.specs)
+
+    @property
+    def config(self) -> Config:
+        """The config that admitted adapters get, but for their ranks and alphas."""
+        return dict(self._reference.config)
+
+    def scale(self, layer: str, rank: int) -> float:
+        """The scale s of a layer at a rank."""
+        if callable(self.scale_rule):
+            return float(self.scale_rule(layer, rank))
+        if self.scale_rule == "constant":
+            return self._reference.scales[layer]
+        return configs.scale_for(self._reference.config, self._reference.specs[layer].pattern_name, rank)
+
+    # -- the gate ---
+
+    def admit(
+        self,
+        upload: str | os.PathLike[str] | bytes,
+        *,
+        client: str,
+        weight: float = 1.0,
+        spool: str | os.PathLike[str] | None = None,
+        config: bytes | None = None,
+    ) -> Adapter:
+        """The adapter in an upload, or a refusal.
+
+        Args:
+            upload: the path of a PEFT folder or of a safetensors file, or the bytes of one. Opened once, without
+                following links, and copied before its values are looked at: what happens to it later has no effect.
+            weight: checked only.
+            spool: a folder of the server's own to keep the copy in; it stays there until the caller removes it (of a
+                refused client nothing stays). The adapter reads its tensors from it. None: they are kept in memory.
+            config: the content of the client's ``adapter_config.json``, for uploads that are no folder. Without it
+                the client is taken to have trained at the policy's scales.
+
+        Returns:
+            An adapter with the client's tensors, and with the policy's layers, scales and config.
+
+        Raises:
+            RefusedError: its ``code`` is one of ``gate.Reason``. OSError: the copy cannot be written.
+        """
+        try:
+            self._check_client(client, weight)
+            with intake.opened(upload, self.max_config_bytes) as opened:
+                index = intake.index_of(opened, self.max_bytes, self._manifest.longest_header)
+                forms = {name: Form(entry.shape, entry.dtype) for name, entry in index.entries.items()}
+                ranks = self._manifest.ranks_of(forms)
+                claimed = opened.config if opened.config is not None else config
+                if claimed is not None:
+                    self._check_claims(claimed, ranks)
+                skeleton = self._skeleton(index, forms, ranks)
+                file = intake.copied(opened, index, spool)
+            adapter = Adapter.of_skeleton(skeleton, file.renamed(skeleton.names), client)
+            adapter = adapter if spool is not None else adapter.in_memory()
+            try:
+                self._check_values(adapter, client)
+            except BaseException:
+                discard(adapter)
+                raise
+            return adapter
+        except RefusedError as error:
+            error.at(client=shown_name(client))
+            raise
+
+    def check(self, adapter: Adapter, *, client: str, weight: float = 1.0) -> None:
+        """Hold an adapter that was made in this process against the policy.
+
+        Raises ``RefusedError`` as ``admit`` does.
+        """
+        skeleton = adapter.skeleton
+        try:
+            self._check_client(client, weight)
+            ranks = self._manifest.ranks_of(skeleton.forms)
+            for layer, spec in skeleton.specs.items():
+                known = self._reference.specs[layer]
+                if (spec.kind, spec.experts) != (known.kind, known.experts):
+                    raise RefusedError(
+                        f"its {spec.kind} weight of {spec.experts} experts is not the policy's {known.kind} weight "
+                        f"of {known.experts}",
+                        code=Reason.SHAPE,
+                        layer=layer,
+                        value=spec.kind,
+                        remedy="train on the base model of this round",
+                    )
+                claims.check_scale(skeleton.scales[layer], self.scale(layer, ranks[layer]), layer)
+            claims.check_base(skeleton.config, self._reference.config)
+            self._check_values(adapter, client)
+        except RefusedError as error:
+            error.at(client=shown_name(client))
+            raise
+
+    # -- its parts ---
+
+    def _check_client(self, client: Any, weight: Any) -> None:
+        try:
+            check_name(client)
+        except AdapterError:
+            raise RefusedError(
+                f"its name is {shown(client)}", code=Reason.NAME, value=client, remedy="give a non-empty string"
+            ) from None
+        if not is_weight(weight) or weight > self.max_weight:
+            raise RefusedError(
+                f"its weight is {shown(weight)}, the policy allows 0 to {self.max_weight:g}",
+                code=Reason.WEIGHT,
+                value=weight,
+                remedy="give a smaller one, or the policy another max_weight",
+            )
+
+    def _check_claims(self, claimed: bytes, ranks: Mapping[str, int]) -> None:
+        config = claims.parse(claimed, self.max_config_bytes)
+        claims.check(config, self._reference.config, self._reference.specs, ranks, self.scale)
+
+    def _check_values(self, adapter: Adapter, client: str) -> None:
+        norms.check(adapter, client, self.max_layer_norm, self.max_norm, self.max_extra_norm)
+
+    def _skeleton(self, index: Index, forms: Mapping[str, Form], ranks: dict[str, int]) -> Skeleton:
+        """What the adapter is apart from its numbers, none of it the client's but ranks and dtypes; one for all
+        uploads of the same header.
+        """
+        known = self._skeletons.get(index.digest)
+        if known is None:
+            of = self._reference
+            scales = {layer: self.scale(layer, rank) for layer, rank in ranks.items()}
+            paths = {layer: spec.pattern_name for layer, spec in of.specs.items()}
+            try:
+                config = configs.with_ranks(of.config, ranks, scales, paths)
+            except AdapterError as error:  # layers that PEFT gives one rank (MultiheadAttention's two)
+                raise RefusedError(
+                    error.message.rpartition("; ")[0],
+                    code=Reason.RANK,
+                    layer=error.layer,
+                    value=ranks.get(error.layer or ""),
+                    remedy="use one rank for all of them",
+                ) from None
+            names = {key: key for key in sorted(forms)}
+            known = Skeleton(
+                config, of.specs, of.bias_keys, of.extra_keys, dict(ranks), scales, names, {k: forms[k] for k in names}
+            )
+            self._skeletons[index.digest] = known
+        return known
+
+    def _check_rules(self) -> None:
+        """Raise ``OptionError`` for a rule that the server cannot mean."""
+        if not self.ranks or not all(_is_count(rank) for rank in self.ranks):
+            raise OptionError(f"ranks is {shown(self.ranks)}; give the ranks that are allowed, integers ≥ 1")
+        if not (callable(self.scale_rule) or self.scale_rule in ("alpha", "constant")):
+            raise OptionError(f"scale {self.scale_rule!r} is neither 'alpha', 'constant' nor a function")
+        if not self.dtypes or not self.dtypes <= set(FACTOR_DTYPES):
+            raise OptionError(f"dtypes is {shown(set(self.dtypes))}; give some of {', '.join(map(str, FACTOR_DTYPES))}")
+        for name in ("max_weight", "max_layer_norm", "max_norm", "max_extra_norm"):
+            bound = getattr(self, name)
+            if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
+                raise OptionError(f"{name} is {bound!r}; give a number > 0")
+
+
+def discard(adapter: Adapter) -> None:
+    """Remove the copy that an admitted adapter reads from, if it has one."""
+    if isinstance(adapter.tensors, TensorFile):
+        os.unlink(adapter.tensors.path)
+
+
+def shown_name(client: Any) -> str:
+    """A client's name, for an error that may be about its being none."""
+    return client if isinstance(client, str) else shown(client)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,62 @@
+"""Why an upload is not admitted, as codes that stay the same while the sentences beside them may change."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """The ``code`` of a ``RefusedError``; each member is its text.
+
+    >>> Reason.NOT_FINITE == "not-finite"
+    True
+    """
+
+    NOT_FOUND = "not-found"
+    """There is no such file, or a folder without weights or config."""
+    NOT_A_FILE = "not-a-file"
+    """A link, a pipe, a device, or a folder where a file should be."""
+    PICKLE = "pickle"
+    """A ``.bin``, ``.pt`` or the like: opening one can run its sender's code. It was not opened."""
+    FILE_SIZE = "file-size"
+    """More bytes than the policy has room for."""
+    HEADER_SIZE = "header-size"
+    """A header longer than the expected tensors can need."""
+    HEADER = "header"
+    """Not a safetensors file, or one whose header contradicts itself or the size of the file."""
+    CHANGED = "changed"
+    """The file changed while it was copied."""
+    UNKNOWN_TENSOR = "unknown-tensor"
+    """A tensor of a name that the policy does not list."""
+    MISSING_TENSOR = "missing-tensor"
+    """A tensor that the policy lists is not there."""
+    SHAPE = "shape"
+    """A tensor of another shape than the policy expects at this rank."""
+    RANK = "rank"
+    """A rank that the policy does not allow."""
+    DTYPE = "dtype"
+    """A dtype that the policy does not allow."""
+    CONFIG = "config"
+    """A config that is too large, no strict JSON, or has entries of a wrong type."""
+    PEFT_TYPE = "peft-type"
+    """A config of something else than LoRA."""
+    UNSUPPORTED = "unsupported"
+    """A variant of LoRA whose ΔW is not s·B·A (DoRA, PiSSA, …)."""
+    PATTERN = "pattern"
+    """A ``rank_pattern`` or ``alpha_pattern`` that is not a literal name: those of strangers are never compiled."""
+    CONFIG_RANK = "config-rank"
+    """The config gives a layer another rank than its tensors have."""
+    SCALE = "scale"
+    """The config, or the adapter, gives a layer another scale than the policy's rule."""
+    BASE = "base"
+    """The config names another base model, or other tokens, than the policy's."""
+    NOT_FINITE = "not-finite"
+    """NaN or infinite values."""
+    NORM = "norm"
+    """A norm beyond the policy's bounds, or beyond what float32 can hold."""
+    WEIGHT = "weight"
+    """A weight that is no finite number from 0 to the policy's ``max_weight``."""
+    NAME = "name"
+    """A client name that is no text."""
+    CONTENT = "content"
+    """Something that is neither a path, nor bytes, nor an adapter."""
