@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from flexlora_fast.errors import AdapterError
+from flexlora_fast.errors import AdapterError, shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -342,7 +342,7 @@ def _entry(name: str, fields: Any) -> Entry:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise BadFileError(f"{name!r} has dtype {dtype!r}, which is not supported")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise BadFileError(f"{name!r} has shape {str(shape)[:80]} and data_offsets {str(offsets)[:80]}")
+        raise BadFileError(f"{name!r} has shape {shown(shape, 80)} and data_offsets {shown(offsets, 80)}")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         raise BadFileError(f"{name!r} has {offsets[1] - offsets[0]} bytes of data, but {dtype} {shape} takes {needed}")

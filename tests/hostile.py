@@ -115,6 +115,7 @@ WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a negative shape": (lambda: bent(shape=[-4, -12]), "header"),
     "a float shape": (lambda: bent(shape=[4.0, 12]), "header"),
     "a shape of NaN": (lambda: bent(shape=[float("nan"), 12]), "header"),
+    "a shape of escapes": (lambda: bent(shape="\x1b[2J"), "header"),
     "a shape of true": (lambda: bent(shape=[True, 48]), "header"),
     "a shape of 100,000 ones": (lambda: raw({A: header()[A] | {"shape": [1] * 1500}}, 192), "header"),
     "a shape of 16 sides": (lambda: bent(shape=[4, 12] + [1] * 14), "shape"),
