@@ -31,9 +31,9 @@ class Own(NamedTuple):
 def own(device: torch.device) -> Own:
     """The same for as long as the process lives, and taken at once.
 
-    torch has 32 streams, which it hands out in turn, again and again. Neighbours are different ones; a stream taken
-    later may be one of these, and a copy given to the stream that a graph is being recorded on is not made, but
-    recorded.
+    torch has 32 streams, which it hands out in turn, again and again (https://github.com/pytorch/pytorch/issues/173729).
+    Neighbours are different ones; a stream taken later may be one of these, and a copy given to the stream that a graph
+    is being recorded on is not made, but recorded.
     """
     apart, recording, *copying = [torch.cuda.Stream(device) for _ in range(4)]
     return Own(apart, recording, tuple(copying))

@@ -112,18 +112,17 @@ def record(
 ) -> tuple[Found, Callable[[], None], Pool]:
     """What ``run`` gives, unfilled until the graph of its kernels is replayed; the replay, and the graph's memory.
 
-    beside: the memory of another graph, to be used by this one as well. They must be replayed one after the other then.
-    Beside their own memory, all have a workspace of cuBLAS in common, which it has for each stream of a recording.
+    beside: the memory of another graph, to be used by this one as well: they must be replayed one after the other, and
+    so must all of a device. torch gives cuBLAS one workspace for all recordings on a stream, in the memory of the first
+    of them, and takes it back with any of them (https://github.com/pytorch/pytorch/issues/193402): in a memory of its
+    own, a graph would go on writing to what may be another's by then.
     """
-    graph, stream = torch.cuda.CUDAGraph(), own(device).recording
-    before = torch.cuda.current_stream(device)
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     # The stream that is current now is put back whatever happens: torch leaves its own where a recording fails.
     with torch.cuda.device(device), torch.cuda.stream(before):
-        stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            run()  # libraries make handles and workspaces, for each thread and stream, which cannot be recorded
+        run()  # in this thread for the first time, perhaps: libraries make handles, which cannot be recorded
         # Other threads go on bringing factors meanwhile: what they call is theirs.
-        with torch.cuda.graph(graph, pool=beside, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=beside, stream=own(device).recording, capture_error_mode="thread_local"):
             found = run()
     return found, graph.replay, graph.pool()
 
