@@ -14,6 +14,7 @@ from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.methods import Method
 from flexlora_fast.skeleton import Skeleton
+from flexlora_fast.staging import ALIGNMENT
 
 # Columns of the pieces that are brought to a GPU: each is made ready in about half a millisecond of Python, and so many
 # of 4096² in bfloat16 take 1.2 ms to come.
@@ -93,6 +94,8 @@ def plan_layer(name: str, having: Sequence[tuple[Skeleton, int]], of: Settings) 
     widest = max(s.ranks[name] for s, _ in having)
     total_rank = sum(s.ranks[name] * count for s, count in having)
     nbytes = sum(s.layer_bytes[name] * count for s, count in having)
+    if of.device.type != "cpu":  # each B and A begins on a boundary there
+        nbytes += 2 * ALIGNMENT * sum(count for _, count in having)
     rank = of.rank or widest
     columns = total_rank if of.method.output == "svd" else widest
     kept = min(rank, columns, spec.m, spec.n)

@@ -10,9 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flexlora_fast.backends import transfer
 from flexlora_fast.errors import BackendError
-
-_COPIERS = 2  # streams: while one copy ends the next has begun
 
 
 class Event(Protocol):
@@ -90,7 +89,8 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         # With its index: to another thread "cuda" may be another one.
         self.device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-        self.streams: Sequence[Any] = [torch.cuda.Stream(self.device) for _ in range(_COPIERS)]
+        # Two: while one copy ends the next has begun.
+        self.streams: Sequence[Any] = transfer.own(self.device).copying
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._context = ctypes.c_void_p()
         with torch.cuda.device(self.device):
@@ -147,7 +147,7 @@ class Host:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.streams: Sequence[Any] = [None] * _COPIERS
+        self.streams: Sequence[Any] = [None]
 
     def host(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flexlora_fast import memory
 from flexlora_fast.backends import groups
 from flexlora_fast.backends.group import Group
 from flexlora_fast.backends.transfer import so_far
@@ -52,6 +53,30 @@ def in_flight(work: Work) -> int:
     if work.settings.device.type == "cpu":
         return 0  # nothing runs on while the host does something else
     return _RESIDENT_IN_FLIGHT if work.all_here else 1
+
+
+def fits(work: Work, begun: Sequence[Sequence[LayerPlan]], group: Sequence[LayerPlan]) -> bool:
+    """Whether a group may be begun while those begun before it have not been asked for, by what they hold.
+
+    Of the device's memory, what is not for staging: a third for what they keep until then, as for what the next needs.
+    Of the staging, all that they brought, unless they are folded. Memory there comes free in the order in which it was
+    taken: where the next one cannot have all of its own beside that, it would wait for a release that never comes.
+    """
+    if not begun:
+        return True
+    if 3 * sum(_kept(layers) for layers in begun) > work.settings.room:
+        return False
+    if not work.streamed or all(layers[0].folded for layers in begun):
+        return True
+    largest = max(sum(layer.held for layer in layers) for layers in (*begun, group))
+    return not group[0].folded and 3 * largest <= memory.staged(work.settings.room)
+
+
+def _kept(layers: Sequence[LayerPlan]) -> int:
+    """Bytes of the device that a group holds once it was begun: its results; where it is folded, ΔW as well."""
+    if layers[0].folded:
+        return sum(layer.scratch for layer in layers)
+    return sum(4 * layer.spec.experts * (layer.spec.m + layer.spec.n) * layer.rank for layer in layers)
 
 
 @full_precision()

@@ -140,17 +140,17 @@ class Work:
 
     def solved(self, pieces: Iterator[Any]) -> Iterator[LayerUpdate]:
         """Every layer in the order of ``plans``. Raises ``AdapterError`` naming client and layer for bad values."""
-        begun: deque[Callable[[], list[LayerUpdate]]] = deque()
+        begun: deque[tuple[list[LayerPlan], Callable[[], list[LayerUpdate]]]] = deque()
         most = together.in_flight(self)
         for group in self.groups:
             if group[0].grouped:
-                begun.append(together.begin(self, group, pieces))
-                while len(begun) > most:
-                    yield from begun.popleft()()
+                while len(begun) > most or not together.fits(self, [layers for layers, _ in begun], group):
+                    yield from begun.popleft()[1]()
+                begun.append((group, together.begin(self, group, pieces)))
             else:  # these come first
                 yield self.solve_layer(group[0], pieces)
         while begun:
-            yield from begun.popleft()()
+            yield from begun.popleft()[1]()
 
     @cached_property
     def all_here(self) -> bool:

@@ -26,6 +26,31 @@ class Resources:
     spilled: int
 
 
+def compiled(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    chosen: Configuration,
+    target: int,
+    *,
+    aligned: bool,
+) -> Any:
+    """Triton's ``CompiledKernel`` of ``kernel`` for sm_<target>, not loaded; arguments and errors as ``resources``."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(kernel, triton.runtime.JITFunction):
+        raise BackendError("TRITON_INTERPRET=1 replaces the compiler: unset it to see what kernels take")
+    constants = {**constants, **chosen.constants}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
+    return triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes if aligned else None),
+        target=GPUTarget("cuda", target, 32),
+        options=chosen.options,
+    )
+
+
 def resources(
     kernel: Any,
     types: Mapping[str, str],
@@ -48,19 +73,7 @@ def resources(
     Raises:
         BackendError: under TRITON_INTERPRET=1, which replaces the compiler.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    if not isinstance(kernel, triton.runtime.JITFunction):
-        raise BackendError("TRITON_INTERPRET=1 replaces the compiler: unset it to see what kernels take")
-    constants = {**constants, **chosen.constants}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
-    done = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes if aligned else None),
-        target=GPUTarget("cuda", target, 32),
-        options=chosen.options,
-    )
+    done = compiled(kernel, types, constants, chosen, target, aligned=aligned)
     usage = _usage(done.asm["cubin"])
     return Resources(usage["REG"], done.metadata.shared, usage["STACK"] + usage["LOCAL"])
 

@@ -69,16 +69,18 @@ def multiply(a, b, total, PRECISION: tl.constexpr, SPLIT_A: tl.constexpr):
     """total + a·b in float32.
 
     "bf16x3": one operand (a where SPLIT_A, else b) becomes the sum of three bfloat16 numbers, which holds all 24 bits
-    of a float32; the other is bfloat16 already. All products are exact, the smallest are added first.
+    of a float32; the other is bfloat16 already. All products are exact, the smallest are added first. They start from
+    zero and not from ``total``: Triton to 3.7 at least miscompiles loops whose steps put several products into the
+    accumulator that the next step starts from, for Blackwell (https://github.com/triton-lang/triton/issues/10821).
     """
     if PRECISION == "bf16":
         total = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
     elif PRECISION == "bf16x3" and SPLIT_A:
         high, middle, low = three_bfloat16(a)
-        total = tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, total)))
+        total += tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b)))
     elif PRECISION == "bf16x3":
         high, middle, low = three_bfloat16(b)
-        total = tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low, total)))
+        total += tl.dot(a, high, tl.dot(a, middle, tl.dot(a, low)))
     elif PRECISION == "tf32":
         total = tl.dot(rounded_to_tf32(a), rounded_to_tf32(b), total, input_precision="tf32")
     else:

@@ -245,6 +245,7 @@ def test_the_recurrence(emulated: Emulated, layers: int, size: int, width: int, 
 
 G3 = torch.eye(3, dtype=torch.float64).expand(2, 3, 3).contiguous()
 Y3 = torch.zeros(2, 5, 3)
+HUGE = torch.empty(1, 1 << 21, 1 << 10, device="meta")  # 2³¹ entries
 
 
 @pytest.mark.parametrize(
@@ -266,6 +267,7 @@ Y3 = torch.zeros(2, 5, 3)
         (lambda: cuda.scale_grams(G3.float(), G3[:1].float(), G3[:, 0].contiguous()), "G, M, d have shapes"),
         (lambda: cuda.chebyshev(Y3, Y3, Y3, Y3[:, 0].clone(), Y3[:, 0].clone(), None, out=Y3), "c goes with before"),
         (lambda: cuda.chebyshev(Y3, Y3, None, Y3[:, :, 0].clone(), Y3[:, 0].clone(), None, out=Y3), "a, b and c"),
+        (lambda: cuda.chebyshev(HUGE, HUGE, None, HUGE[:, 0], HUGE[:, 0], None, out=HUGE), "2147483648 entries a"),
         (lambda: cuda.whiten(torch.zeros(1, 3000, 3000, dtype=torch.float64)), "bytes of shared memory a block"),
     ],
 )

@@ -15,10 +15,13 @@ ROOT = Path(__file__).parents[1]
 RUNTIME = r"""
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "cuda/launch.h"
 
@@ -28,7 +31,8 @@ static int said(const char* name, int otherwise) {
     return text ? std::atoi(text) : otherwise;
 }
 
-static int current = 0;
+static thread_local int current = 0;
+static std::atomic<int> allowed = 0;
 
 extern "C" {
 cudaError_t cudaDriverGetVersion(int* version) { return *version = said("DRIVER", 13000), cudaSuccess; }
@@ -40,6 +44,8 @@ const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfSomeKind"; }
 const char* cudaGetErrorString(cudaError_t error) { return error == cudaErrorInvalidValue ? "bad value" : "other"; }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaError_t(said("IMAGE", 0)); }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+    allowed = bytes;
+    std::this_thread::sleep_for(std::chrono::milliseconds(said("SLOW", 0)));
     return std::printf("allowed %d\n", bytes), cudaError_t(said("ALLOW", 0));
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
@@ -50,7 +56,7 @@ cudaError_t cudaLaunchKernel(const void*, dim3 grid, dim3 block, void** values, 
                 shared, static_cast<void*>(stream));
     std::printf(" %p %d %lld %g %g\n", *static_cast<void**>(values[0]), *static_cast<int*>(values[1]),
                 *static_cast<long long*>(values[2]), *static_cast<double*>(values[3]), *static_cast<float*>(values[4]));
-    return cudaError_t(said("LAUNCH", 0));
+    return shared > 48 * 1024 && int(shared) > allowed ? cudaErrorInvalidValue : cudaError_t(said("LAUNCH", 0));
 }
 }
 
@@ -65,16 +71,25 @@ const Kernels& kernels() {
 
 }  // namespace flexlora::cuda
 
-int main(int, char** given) {
+static void launch_with(int shared) {
     using namespace flexlora::cuda;
-    std::printf("obstacle: %s\n", obstacle(1).c_str());
     try {
         const Address address{0x70, "float64"};
         const std::vector<Argument> arguments{address, std::int64_t{-7}, std::int64_t{1} << 40, 0.1, 0.5};
-        launch("made_up", {1, 2, 3}, {4, 5, 6}, std::atoi(given[1]), 1, reinterpret_cast<void*>(0x50), arguments);
+        launch("made_up", {1, 2, 3}, {4, 5, 6}, shared, 1, reinterpret_cast<void*>(0x50), arguments);
     } catch (const std::runtime_error& error) {
         std::printf("%s\n", error.what());
     }
+}
+
+int main(int, char** given) {
+    std::printf("obstacle: %s\n", flexlora::cuda::obstacle(1).c_str());
+    const int shared = std::atoi(given[1]), other = said("OTHER", 0);
+    std::thread another([&] {
+        for (int i = 0; other && i < 20; ++i) launch_with(other);
+    });
+    for (int i = 0; i < (other ? 20 : 1); ++i) launch_with(shared);
+    another.join();
 }
 """
 
@@ -90,7 +105,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     csrc, headers = ROOT / "csrc", build_cuda.runtime_library(nvcc).parents[1] / "include"
     # There is no device code in launch.cu, so any compiler takes it.
     sources = [source, csrc / "cuda" / "launch.cu", csrc / "cuda" / "kernel.cpp"]
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{csrc}", f"-isystem{headers}", "-x", "c++"]
+    flags = ["-std=c++17", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{csrc}", f"-isystem{headers}", "-x", "c++"]
     subprocess.run(["g++", *flags, *map(str, sources), "-o", str(built)], check=True)
     return built
 
@@ -138,3 +153,10 @@ def test_refusals_quote_kernel_geometry_and_cudas_words(program: Path, shared: i
 def test_obstacles_say_what_to_do(program: Path, said: dict[str, int], words: str) -> None:
     (found,) = (line.removeprefix("obstacle: ") for line in run(program, **said) if line.startswith("obstacle: "))
     assert found.startswith(words)
+
+
+def test_threads_do_not_lower_what_each_other_are_allowed(program: Path) -> None:
+    lines = run(program, 60000, OTHER=90000, SLOW=1)
+    for shared in (60000, 90000):
+        assert lines.count(LAUNCHED.format(shared)) == 20
+    assert not [line for line in lines if "refused" in line]

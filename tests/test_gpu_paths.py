@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import threading
 import types
 import warnings
 from typing import Any
@@ -100,6 +102,29 @@ def test_cusolver_says_why_not() -> None:
     assert cusolver.obstacle() == "torch sees no CUDA GPU"
     with pytest.raises(BackendError, match="no CUDA GPU"):
         cusolver.eigh(torch.eye(3).double()[None])
+
+
+def test_each_stream_has_a_handle_and_recordings_have_theirs_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handle cannot be made while a CUDA graph is recorded."""
+    made, state = itertools.count(1), types.SimpleNamespace(stream="main", recording=False)
+
+    def create(reference: Any) -> int:
+        assert not state.recording
+        reference._obj.value = next(made)
+        return 0
+
+    library: Any = types.SimpleNamespace(cusolverDnCreate=create, cusolverDnCreateParams=create)
+    monkeypatch.setattr(cusolver, "_handles", threading.local())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: state.stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.recording)
+
+    def handle(stream: str, recording: bool = False, device: int = 0) -> int | None:
+        state.stream, state.recording = stream, recording
+        return cusolver._handle(library, torch.device("cuda", device))[0].value
+
+    found = [handle("main"), handle("x", recording=True), handle("apart"), handle("main", device=1)]
+    assert len(set(found)) == 4
+    assert found == [handle("main"), handle("y", recording=True), handle("apart"), handle("main", device=1)]
 
 
 def test_an_unknown_status_names_the_call() -> None:

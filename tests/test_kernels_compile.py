@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
@@ -50,6 +51,42 @@ def test_every_best_guess_compiles_without_spills(target, aligned, record_proper
     from flexlora_fast.kernels import report
 
     compile_all(report.first_of_each(report.variants()), target, aligned=aligned, record_property=record_property)
+
+
+def dots(code: str) -> list[tuple[str, str]]:
+    """The result of each product in Triton's intermediate code, and what it adds to."""
+    return re.findall(r"(%\w+) = tt\.dot %\w+, %\w+, (%\w+)", code)
+
+
+def test_products_that_add_to_each_other_start_from_zero():
+    """From the sum of the step before, Triton miscompiles them for Blackwell (triton-lang/triton issue 10821)."""
+    from flexlora_fast.kernels import report
+    from flexlora_fast.kernels.compiled import compiled
+
+    chains = 0
+    for v in report.first_of_each(report.variants([("bf16x3", torch.bfloat16)], [64])):
+        code = compiled(v.kernel, v.types, v.constants, v.chosen, 100, aligned=True).asm["ttir"]
+        results = dict(dots(code))
+        for result, start in results.items():
+            if start in results or result not in results.values():
+                continue  # not the first of several
+            chains += 1
+            assert re.search(rf"{start} = arith\.constant dense<0\.0", code), v.name
+    assert chains >= 5  # contract and combine of both sides, materialize
+
+
+def test_sizes_of_one_compile():
+    """At a launch Triton turns integers that are 1 into constants, which kernels must not treat as tensors."""
+    from flexlora_fast.kernels import report
+    from flexlora_fast.kernels.compiled import compiled
+
+    sizes = {"length", "width", "W", "m", "n", "rows", "columns"}
+    for v in report.first_of_each(report.variants([("float32", torch.float32)], [16])):
+        kept = {parameter.name for parameter in v.kernel.params if parameter.do_not_specialize}
+        names = sizes & set(v.kernel.arg_names) - kept
+        assert names, v.name
+        constants = dict(v.constants) | dict.fromkeys(names, 1)
+        compiled(v.kernel, v.types, constants, v.chosen.for_alignment(False), 90, aligned=False)
 
 
 def test_the_report_names_what_spills(monkeypatch):

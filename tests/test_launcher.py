@@ -123,6 +123,16 @@ def test_extents_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch, grid
         launcher.launch("k", (1,), grid, (), device=GPU)
 
 
+@pytest.mark.parametrize("grid", [(1, 65536), (1, 1, 65536)])
+def test_more_matrices_than_a_grid_holds_are_refused(monkeypatch: pytest.MonkeyPatch, grid: tuple[int, ...]) -> None:
+    way = Way()
+    install(monkeypatch, way, Way())
+    launcher.launch("k", (65536, *(65535 for _ in grid[1:])), (1,), (), device=GPU)
+    with pytest.raises(ValueError, match=r"kernel 'k': of \(1, .*65536.*at most 65535: launch it for fewer matrices"):
+        launcher.launch("k", grid, (1,), (), device=GPU)
+    assert len(way.launched) == 1
+
+
 def test_without_an_extension_the_reason_is_its(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "extension", None)
     monkeypatch.setattr(_native, "reason", "it was built for another torch")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +30,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
+        self.beside: list[Any] = []
 
-    def __call__(self, run: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
+    def __call__(
+        self, run: Callable[[], Found], device: torch.device, beside: Any
+    ) -> tuple[Found, Callable[[], None], Any]:
         self.recorded += 1
+        self.beside.append(beside)
         found = run()
         for part in "USV":  # a graph computes nothing while it is recorded
             getattr(found, part).fill_(torch.nan)
@@ -41,7 +47,7 @@ class Recorder:
             for part in ("U", "S", "V", "report"):
                 getattr(found, part).copy_(getattr(new, part))
 
-        return found, replay
+        return found, replay, (0, self.recorded) if beside is None else beside
 
 
 @pytest.fixture
@@ -91,6 +97,9 @@ def test_other_shapes_and_other_steps_are_recorded_apart(recorder: Recorder) -> 
             for g in (narrow, wide, narrow):
                 assert_same(replays.found(g, start(0, g.W), compute, key), compute(g, start(0, g.W)))
     assert (recorder.recorded, recorder.replayed) == (2, 2)
+    assert recorder.beside == [None, (0, 1)]
+    recorded = [entry for entry in replays._known.values() if entry is not None]
+    assert len(recorded) == 2 and recorded[0].turns is recorded[1].turns, "two graphs in one memory, at the same time"
 
 
 def test_inputs_of_a_recorded_group_are_its_own(recorder: Recorder) -> None:
@@ -124,8 +133,11 @@ def test_large_groups_are_launched_kernel_by_kernel(recorder: Recorder, monkeypa
 
 
 def test_recording_that_fails_warns_once_and_results_stay_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(run: Callable[[], Found]) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
+    def failing(run: Callable[[], Found], device: torch.device, beside: Any) -> Any:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise RuntimeError("operation failed due to a previous error")
 
     monkeypatch.setattr(replayed, "record", failing)
     replays, packed = Replays(), Packed([stacks_of(80)])
@@ -158,7 +170,108 @@ def test_tables_of_one_signature_differ_in_their_inputs_alone() -> None:
     assert len({tables[0].signature(), *(Table(stacks).signature() for stacks in others)}) == 4
 
 
+# -- what torch is told ---
+
+
+class Cuda:
+    """torch.cuda, as far as recording goes: streams by name, current ones by device, and what was done in which."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+        self.current, self.calls, self.fails = {"cuda:0": "main 0", "cuda:1": "main 1"}, list[str](), fails
+        self.device = "cuda:0"
+        graph = SimpleNamespace(replay=lambda: self.calls.append("replay"), pool=lambda: (0, 7))
+        own = SimpleNamespace(recording=self.stream("cuda:1", "recording 1"))
+        monkeypatch.setattr(replayed, "own", lambda device: own)
+        for name, stand_in in (
+            ("CUDAGraph", lambda: graph), ("graph", self.graph), ("stream", self.on_stream), ("device", self.on_device),
+            ("current_stream", lambda device: self.stream(str(device), self.current[str(device)])),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def stream(self, device: str, name: str) -> Any:
+        return SimpleNamespace(device=device, name=name)
+
+    def note(self, what: str) -> None:
+        self.calls.append(f"{what} on {self.current[self.device]}")
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Any:
+        before, self.device = self.device, str(device)
+        try:
+            yield
+        finally:
+            self.device = before
+
+    @contextmanager
+    def on_stream(self, stream: Any) -> Any:
+        before, self.current[stream.device] = self.current[stream.device], stream.name
+        try:
+            yield
+        finally:
+            self.current[stream.device] = before
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Any:
+        assert self.device == stream.device and capture_error_mode == "thread_local"
+        self.current[stream.device] = stream.name
+        self.note(f"begin in {pool}")
+        try:
+            yield
+        finally:
+            if self.fails:  # as torch, which leaves its stream behind
+                raise RuntimeError("operation failed due to a previous error")
+            self.note("end")
+            self.current[stream.device] = "main 1"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_graph_is_recorded_on_the_device_of_its_group_and_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """A stream of another device would record nothing, and replaying nothing gives the results of before."""
+    cuda, there = Cuda(monkeypatch, fails), torch.device("cuda", 1)
+    run: Any = lambda: cuda.note("kernels")  # noqa: E731
+    if fails:
+        with pytest.raises(RuntimeError, match="previous error"):
+            replayed.record(run, there, None)
+    else:
+        _, replay, pool = replayed.record(run, there, (0, 3))  # type: ignore[arg-type]
+        replay()
+        assert pool == (0, 7)
+        assert cuda.calls == [
+            "kernels on main 1", "begin in (0, 3) on recording 1", "kernels on recording 1", "end on recording 1",
+            "replay",
+        ]  # fmt: skip
+    assert (cuda.device, cuda.current) == ("cuda:0", {"cuda:0": "main 0", "cuda:1": "main 1"})
+
+
 # -- on a GPU ---
+
+
+@gpu
+@needs_gpu
+def test_graphs_of_two_groups_take_turns_in_one_memory() -> None:
+    from flexlora_fast.backends import groups
+
+    def there(width: int, seed: int) -> Any:
+        stack = stack_of(torch.arange(1.0, width + 1).rsqrt(), 210, 170, seed)
+        return groups.of([Stack([type(b)(b.B.cuda(), b.A.cuda(), b.d) for b in stack.blocks], 210, 170)])
+
+    replays, other = Replays(), torch.cuda.Stream()
+    with full_precision():
+        made = [(there(width, seed), start(seed, width).cuda()) for seed in range(4) for width in (100, 160)]
+        expected = [compute(*one) for one in made]
+        found = []
+        for i, one in enumerate(made):
+            other.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(other if i % 3 else torch.cuda.current_stream()):
+                found.append(replays.found(*one, compute, "key"))
+        torch.cuda.synchronize()
+    for f, e in zip(found, expected, strict=True):
+        assert_same(f, e)
+    assert replays.obstacle is None
+    recorded = [entry for entry in replays._known.values() if entry is not None]
+    assert len(recorded) == 2 and recorded[0].pool == recorded[1].pool
 
 
 @gpu

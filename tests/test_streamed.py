@@ -9,7 +9,7 @@ import pytest
 from tests.interpreter import needs_interpreter, run_interpreted
 
 PRELUDE = """
-import dataclasses, pathlib, sys, tempfile
+import dataclasses, os, pathlib, sys, tempfile, threading
 import torch
 import flexlora_fast as ff
 from flexlora_fast import memory, planning, streamed, together
@@ -180,4 +180,34 @@ def test_an_error_in_the_middle_ends_the_round_and_not_the_process() -> None:
         found = agg.finish()
         planning.plan_layer = planned
         assert_alike(found, usual.finish(), "dense")
+    """)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("folded", ["", "wxy"])
+def test_nobody_waits_for_room_that_is_given_up_later(folded: str) -> None:
+    """Two groups are begun, and what the first brought is there until it is asked for: beside it there is no room for
+    another one as large, nor for all pieces of layers that are summed up.
+    """
+    run(f"""
+        kinds = {{layer: "dense" if layer in {folded!r} else "filtered" for layer in SHAPES}}
+        together.in_flight = lambda work: 1
+        together.runs = lambda plans, of: iter([[plan] for plan in plans])
+        memory.staged = lambda room: 50_000
+        planning.STREAMED_COLUMNS = 24
+        agg, usual = prepared("filtered", clients())
+        planning.plan_layer = lambda name, having, of: dataclasses.replace(
+            planned(name, having, dataclasses.replace(of, solver=kinds[name])), grouped=True
+        )
+        seen = watched()
+        patience = threading.Timer(120, lambda: os._exit(1))
+        patience.daemon = True
+        patience.start()
+        found = agg.finish()
+        assert seen == [(True, 1)] * 4, seen
+        planning.plan_layer = planned
+        expected = usual.finish()
+        for name in expected.layers:
+            assert found[name].solver == kinds[name]
+            assert found[name].error(5) <= expected[name].error(5) * (1 + 1e-3)
     """)

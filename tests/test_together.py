@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import flexlora_fast as ff
-from flexlora_fast import memory, planning
+from flexlora_fast import memory, planning, together
 from flexlora_fast.errors import AdapterError, OptionError
+from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import filtered, plan
+from flexlora_fast.staging import aligned
 from tests.interpreter import needs_interpreter, run_interpreted
 from tests.test_filtered import adapters
 
@@ -24,11 +28,11 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folded layers are solved in groups, which the planner does for GPUs alone."""
     planned = planning.plan_layer
 
-    def together(*arguments: Any) -> planning.LayerPlan:
+    def in_groups(*arguments: Any) -> planning.LayerPlan:
         layer = planned(*arguments)
         return dataclasses.replace(layer, grouped=layer.folded)
 
-    monkeypatch.setattr(planning, "plan_layer", together)
+    monkeypatch.setattr(planning, "plan_layer", in_groups)
 
 
 def round_of(clients: Any, **options: Any) -> ff.GlobalUpdate:
@@ -135,6 +139,42 @@ def test_a_layer_larger_than_the_gpu_says_so() -> None:
         planning.plan_layer("0.fc", skeletons, of)
     with pytest.raises(OptionError, match=r"memory_limit is 0\.0 MiB; raise it"):
         planning.plan_layer("0.fc", skeletons, dataclasses.replace(of, limit=10_000))
+
+
+def test_what_a_layer_takes_on_a_gpu_counts_where_its_tensors_begin() -> None:
+    """Of rank 1 and a few entries, they take eight times their bytes."""
+    clients = adapters(count=5, rank=1, shapes=((4, 4), (4, 4)))
+    agg = ff.Aggregator(rank=1, solver="filtered")
+    for client in clients:
+        agg.add(client)
+    skeletons = [(clients[0].skeleton, 5)]
+    here = planning.plan_layer("0.fc", skeletons, agg._settings())
+    there = planning.plan_layer("0.fc", skeletons, dataclasses.replace(agg._settings(), device=CUDA, room=1 << 30))
+    brought = aligned(np.array([16, 16] * 5))
+    assert here.held == 5 * 32 and there.held >= brought.sum() > 4 * here.held
+
+
+def test_as_many_groups_are_begun_as_the_memory_holds() -> None:
+    """On dense sums that stay until they are asked for, and on results."""
+    spec = LayerSpec("fc", "linear", 100, 50, "A", "B", "fc")
+    folded = [planning.LayerPlan(spec, 400, 10, True, 1000, 60_000, True)]
+    whole = [dataclasses.replace(folded[0], folded=False)] * 2  # results of 2 · 4 · 150 · 10 bytes
+    there: Any = SimpleNamespace(streamed=False, settings=SimpleNamespace(room=360_000))
+    assert together.fits(there, [], folded)
+    assert together.fits(there, [folded] * 2, folded) and not together.fits(there, [folded] * 3, whole)
+    assert together.fits(there, [whole] * 10, whole) and not together.fits(there, [whole] * 11, whole)
+
+
+def test_what_was_brought_leaves_room_for_what_comes_next() -> None:
+    """``staged`` is a quarter of the room, and a third of it fits beside one other."""
+    whole = [planning.LayerPlan(LayerSpec("fc", "linear", 10, 5, "A", "B", "fc"), 40, 1, False, 1000, 4000, True)]
+    large = [dataclasses.replace(whole[0], held=1001)]
+    pieces = [dataclasses.replace(whole[0], folded=True)]
+    there: Any = SimpleNamespace(streamed=True, settings=SimpleNamespace(room=12_000))
+    assert together.fits(there, [whole], whole)
+    assert not together.fits(there, [whole], large) and not together.fits(there, [large], whole)
+    assert not together.fits(there, [whole], pieces)
+    assert together.fits(there, [pieces], large) and together.fits(there, [], large)
 
 
 RESIDENT = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
     side = made.stream("side")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: made.current)
     monkeypatch.setattr(torch.cuda, "stream", made.on)
-    monkeypatch.setattr(transfer, "_side", lambda device: side)
+    monkeypatch.setattr(transfer, "own", lambda device: SimpleNamespace(apart=side))
     return made
 
 
@@ -68,6 +69,25 @@ def test_the_stream_is_whole_again_after_an_error(streams: Streams) -> None:
     with pytest.raises(ValueError), so_far(CUDA)():  # type: ignore[arg-type]
         raise ValueError
     assert streams.calls[-1] == "main waits for stream side"
+
+
+def test_own_streams_are_taken_once_and_are_never_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch hands out 32 streams in turn: what takes one now and then meets its own again."""
+    given = itertools.count()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: (device, next(given) % 32))
+    transfer.own.cache_clear()
+    devices = [torch.device("cuda", i) for i in (0, 1)]
+    try:
+        for device in devices:
+            for _ in range(40):
+                transfer.own(torch.device("cuda", device.index))
+                torch.cuda.Stream(device)
+            own = transfer.own(device)
+            streams = {own.apart, own.recording, *own.copying}
+            assert len(streams) == 4 and {of for of, _ in streams} == {device}
+        assert next(given) == 2 * (4 + 40)
+    finally:
+        transfer.own.cache_clear()
 
 
 def test_memory_is_used_in_turn(streams: Streams) -> None:

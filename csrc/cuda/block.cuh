@@ -46,11 +46,13 @@ struct Hardware {
     // multiples of 16.
     FLEXLORA_DEVICE void copy4(float* to, const float* from, int count) const {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                     "r"(4 * count));
+                     "r"(4 * count)
+                     : "memory");
     }
     FLEXLORA_DEVICE void copy1(float* to, const float* from, int count) const {
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
-                     "r"(4 * count));
+                     "r"(4 * count)
+                     : "memory");
     }
     FLEXLORA_DEVICE void commit() const { asm volatile("cp.async.commit_group;"); }
     // All copies are done but those of the latest `pending` commits.

@@ -5,7 +5,8 @@
 //
 // Kernel:
 //   flexlora_chebyshev(product, now, before, out, a, b, c, W, w)    before = null: without the last term, and c
-//       All contiguous; out may be one of the others. Grid (⌈W·w/1024⌉, L), block 256, no shared memory.
+//       All contiguous; out may be one of the others. W·w, rounded up to a multiple of 1024, must be below 2³¹. Grid
+//       (⌈W·w/1024⌉, L), block 256, no shared memory.
 
 #pragma once
 

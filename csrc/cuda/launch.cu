@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <mutex>
 #include <sstream>
 #include <stdexcept>
 
@@ -43,7 +44,11 @@ private:
 
 cudaError_t start(const Kernel& kernel, const Extent& grid, const Extent& block, std::size_t shared_bytes,
                   cudaStream_t stream, std::vector<Slot>& values) {
+    // What is allowed belongs to the function: another thread's launch may not lower it between here and this one's.
+    static std::mutex allowing;
+    std::unique_lock<std::mutex> alone(allowing, std::defer_lock);
     if (shared_bytes > granted_bytes) {
+        alone.lock();
         const cudaError_t status = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                         static_cast<int>(shared_bytes));
         if (status != cudaSuccess) return status;

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.backends import eigen
-from flexlora_fast.backends.launcher import launch
+from flexlora_fast.backends.launcher import MOST_BLOCKS, launch
 from flexlora_fast.backends.transfer import moved
 
-_MOST = 65535  # blocks of a grid's second extent
 # Rows of a panel that one block of gram64 adds up. Of the shape alone, so that results do not depend on how many
 # layers there are; four or more blocks a layer fill a GPU with a few dozen layers.
 _ROWS = 1024
@@ -35,7 +34,7 @@ def signs(addresses: Sequence[tuple[int, int]], rows: int, cols: int, *, device:
     out = torch.empty(len(addresses), rows, cols, device=device)
     if out.numel():
         pairs = moved(torch.tensor(list(addresses), dtype=torch.int64), device)
-        grid = (len(addresses), min(_ceil(quads, 256), _MOST))
+        grid = (len(addresses), min(_ceil(quads, 256), MOST_BLOCKS))
         launch("flexlora_signs", grid, (256,), (pairs, rows, cols, out), device=device)
     return out
 
@@ -279,6 +278,8 @@ def chebyshev(
         raise ValueError("product, now, before and out must have one shape, and c goes with before")
     if {x.shape for x in (a, b, c) if x is not None} != {(L, w)}:
         raise ValueError(f"a, b and c must have shape {(L, w)}, the layers and columns of product")
+    if _ceil(W * w, 1024) * 1024 >= 1 << 31:
+        raise ValueError(f"product has {W * w} entries a layer: the kernel counts less than 2^31")
     if out.numel():
         arguments = (product, now, before, out, a, b, c, W, w)
         launch("flexlora_chebyshev", (_ceil(W * w, 1024), L), (256,), arguments, device=out.device)

@@ -90,14 +90,21 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def _handle(library: ctypes.CDLL, device: torch.device) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
-    """A handle and default parameters, one pair for each thread and device: a handle belongs to one thread."""
-    kept: dict[torch.device, tuple[ctypes.c_void_p, ctypes.c_void_p]] = _handles.__dict__.setdefault("kept", {})
-    if device not in kept:
-        handle, params = ctypes.c_void_p(), ctypes.c_void_p()
-        _check("cusolverDnCreate", library.cusolverDnCreate(ctypes.byref(handle)))
-        _check("cusolverDnCreateParams", library.cusolverDnCreateParams(ctypes.byref(params)))
-        kept[device] = handle, params
-    return kept[device]
+    """A handle and default parameters for the current stream of a device, by thread: a handle belongs to one thread,
+    and to one stream, since what the library keeps with it is written to by everything that runs.
+
+    All recordings of CUDA graphs have one of their own, made ahead: while one is recorded it would be too late.
+    """
+    kept: dict[object, tuple[ctypes.c_void_p, ctypes.c_void_p]] = _handles.__dict__.setdefault("kept", {})
+    recording = (device, None)
+    wanted = recording if torch.cuda.is_current_stream_capturing() else (device, torch.cuda.current_stream(device))
+    for key in (wanted, recording):
+        if key not in kept:
+            handle, params = ctypes.c_void_p(), ctypes.c_void_p()
+            _check("cusolverDnCreate", library.cusolverDnCreate(ctypes.byref(handle)))
+            _check("cusolverDnCreateParams", library.cusolverDnCreateParams(ctypes.byref(params)))
+            kept[key] = handle, params
+    return kept[wanted]
 
 
 def _check(call: str, status: int) -> None:

@@ -20,6 +20,10 @@ REMEDY = (
 )
 
 
+# Blocks that CUDA takes in the second and the third extent of a grid.
+MOST_BLOCKS = 65535
+
+
 class Way(Protocol):
     """One way to the kernels: ``_C.cuda`` and ``nvrtc`` have these functions in common."""
 
@@ -148,4 +152,9 @@ def _extents(name: str, extents: Sequence[int]) -> tuple[int, int, int]:
     if not 1 <= len(extents) <= 3 or min(extents) < 1:
         raise ValueError(f"kernel '{name}': grid and block are one to three numbers from 1, got {tuple(extents)}")
     x, y, z = (*extents, 1, 1)[:3]
+    if max(y, z) > MOST_BLOCKS:
+        raise ValueError(
+            f"kernel '{name}': of {(x, y, z)}, the second and third are at most {MOST_BLOCKS}: launch it for fewer "
+            "matrices at a time"
+        )
     return x, y, z

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ _TYPES = {
 }  # fmt: skip
 _SCALARS: dict[str, Any] = {"float64": np.float64, "float32": np.float32, "int64": np.int64, "int32": np.int32}
 _KERNEL = re.compile(r'extern "C" __global__ void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(([^)]*)\)')
+
+# The shared memory that is allowed belongs to a kernel: another thread's launch may not lower it before this one's.
+_allowing = threading.Lock()
 
 
 def folder() -> Path:
@@ -89,7 +93,7 @@ def launch(
     slots = _slots(name, device, arguments)
     cupy: Any = importlib.import_module("cupy")
     try:
-        with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
+        with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device), _allowing:
             kernel = _compiled(name)
             if shared_bytes > 48 * 1024:  # more than a block has without asking
                 kernel.max_dynamic_shared_size_bytes = shared_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,26 @@ def moved(X: Tensor, device: torch.device) -> Tensor:
     Copies of memory that is not pinned wait until the stream is done with all that it was given before.
     """
     return X.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else X.to(device)
+
+
+class Own(NamedTuple):
+    """This package's streams on one GPU: on which results are waited for, CUDA graphs recorded, and factors brought."""
+
+    apart: torch.cuda.Stream
+    recording: torch.cuda.Stream
+    copying: tuple[torch.cuda.Stream, ...]
+
+
+@functools.cache
+def own(device: torch.device) -> Own:
+    """The same for as long as the process lives, and taken at once.
+
+    torch has 32 streams, which it hands out in turn, again and again (https://github.com/pytorch/pytorch/issues/173729).
+    Neighbours are different ones; a stream taken later may be one of these, and a copy given to the stream that a graph
+    is being recorded on is not made, but recorded.
+    """
+    apart, recording, *copying = [torch.cuda.Stream(device) for _ in range(4)]
+    return Own(apart, recording, tuple(copying))
 
 
 def so_far(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
@@ -32,18 +53,13 @@ def so_far(device: torch.device) -> Callable[[], AbstractContextManager[object]]
 
 @contextmanager
 def _apart(stream: torch.cuda.Stream, mark: torch.cuda.Event) -> Iterator[None]:
-    side = _side(stream.device)
+    side = own(stream.device).apart
     side.wait_event(mark)
     try:
         with torch.cuda.stream(side):
             yield
     finally:
         stream.wait_stream(side)
-
-
-@functools.cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 class Turns:

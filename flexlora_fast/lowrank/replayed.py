@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.backends.group import Group
-from flexlora_fast.backends.transfer import Turns
+from flexlora_fast.backends.transfer import Turns, own
 from flexlora_fast.errors import BackendError
 
 if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE as Pool  # the name of a graph's memory
+
     from flexlora_fast.lowrank.filtered import Found
 
 Compute = Callable[[Group, Tensor], "Found"]
@@ -38,7 +40,8 @@ class _Recorded:
     start: Tensor
     found: Found
     replay: Callable[[], None]
-    turns: Turns
+    pool: Pool
+    turns: Turns  # all graphs of a device work in the same memory
 
     def run(self, group: Group, start: Tensor) -> Found:
         """The results for another group of the same signature. They are copies: the next run overwrites its own."""
@@ -86,11 +89,13 @@ class Replays:
             self._known.popitem(last=False)
 
     def _recorded(self, group: Group, start: Tensor, compute: Compute) -> _Recorded | None:
-        mine, begin = group.copied(), start.clone()
+        mine, begin, device = group.copied(), start.clone(), start.device
+        beside = next((r for r in self._known.values() if r is not None and r.start.device == device), None)
         try:
-            found, replay = record(lambda: compute(mine, begin))
+            found, replay, pool = record(lambda: compute(mine, begin), device, beside.pool if beside else None)
         except (RuntimeError, BackendError) as error:
-            self.obstacle = f"{type(error).__name__}: {error}"
+            first = error.__context__ or error  # leaving a recording that failed raises as well, and says less
+            self.obstacle = f"{type(first).__name__}: {first}"
             self._known.clear()
             warnings.warn(
                 "small groups of layers are launched kernel by kernel on this GPU, which takes several times longer "
@@ -99,16 +104,27 @@ class Replays:
                 stacklevel=2,
             )
             return None
-        return _Recorded(mine, begin, found, replay, Turns(start.device))
+        return _Recorded(mine, begin, found, replay, pool, beside.turns if beside else Turns(device))
 
 
-def record(run: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
-    """What ``run`` gives, unfilled until the graph of its kernels, returned with it, is replayed on the same device."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads go on bringing factors meanwhile: what they call is theirs.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        found = run()
-    return found, graph.replay
+def record(
+    run: Callable[[], Found], device: torch.device, beside: Pool | None
+) -> tuple[Found, Callable[[], None], Pool]:
+    """What ``run`` gives, unfilled until the graph of its kernels is replayed; the replay, and the graph's memory.
+
+    beside: the memory of another graph, to be used by this one as well: they must be replayed one after the other, and
+    so must all of a device. torch gives cuBLAS one workspace for all recordings on a stream, in the memory of the first
+    of them, and takes it back with any of them (https://github.com/pytorch/pytorch/issues/193402): in a memory of its
+    own, a graph would go on writing to what may be another's by then.
+    """
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    # The stream that is current now is put back whatever happens: torch leaves its own where a recording fails.
+    with torch.cuda.device(device), torch.cuda.stream(before):
+        run()  # in this thread for the first time, perhaps: libraries make handles, which cannot be recorded
+        # Other threads go on bringing factors meanwhile: what they call is theirs.
+        with torch.cuda.graph(graph, pool=beside, stream=own(device).recording, capture_error_mode="thread_local"):
+            found = run()
+    return found, graph.replay, graph.pool()
 
 
 replays = Replays()

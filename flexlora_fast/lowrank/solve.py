@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -112,22 +113,23 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float, certifica
 def in_range(stack: Stack, name: str) -> bool:
     """Whether float32 products of the factors stay in its range. Raises ``AdapterError`` for NaN and infinities."""
     low, high = _RANGE
-    largest = [[_largest(block.B), _largest(block.A), float(block.d.abs().max())] for block in stack.blocks]
-    if not all(x <= _FLOAT32_MAX for B, A, _ in largest for x in (B, A)):  # an iteration on NaN never ends
+    factors = [(_largest(block.B), _largest(block.A)) for block in stack.blocks]
+    if not all(x <= _FLOAT32_MAX for pair in factors for x in pair):  # an iteration on NaN never ends
         raise AdapterError("a factor holds NaN, Inf or values beyond float32; refuse its client", layer=name)
+    coefficients = iter(stack.d.abs().tolist())
+    d = [max(islice(coefficients, block.d.numel())) for block in stack.blocks]
     small, large = _SUMS
-    sums = [B * A * d for B, A, d in largest]
     return (
-        all(low < x < high for B, A, _ in largest for x in (B, A) if x > 0)
-        and all(d < high for *_, d in largest)
-        and small < max(sums, default=1.0) < large
+        all(low < x < high for pair in factors for x in pair if x > 0)
+        and all(x < high for x in d)
+        and small < max((B * A * x for (B, A), x in zip(factors, d, strict=True)), default=1.0) < large
     )
 
 
 def _largest(X: Tensor) -> float:
     """max |x|; NaN where an entry is."""
-    extremes = torch.aminmax(X)
-    return float(torch.maximum(-extremes.min, extremes.max))
+    low, high = torch.aminmax(X)
+    return max(-float(low), float(high))
 
 
 def _rescaled(stack: Stack, name: str) -> tuple[Stack, float]:
