@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from flexlora_fast import errors, methods
+from flexlora_fast import defence, errors, methods
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator, aggregate
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
@@ -21,6 +21,7 @@ __all__ = [
     "LayerUpdate",
     "Refusal",
     "aggregate",
+    "defence",
     "errors",
     "methods",
 ]

@@ -11,13 +11,14 @@ from typing import Literal
 
 import torch
 
-from flexlora_fast import finishing, memory, methods
+from flexlora_fast import defence as defences
+from flexlora_fast import devices, finishing, memory, methods
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.admission import Admission, check_name, check_values
 from flexlora_fast.backends import cpu
+from flexlora_fast.defence import Defence, Verdict, judging
 from flexlora_fast.errors import (
     AdapterError,
-    BackendError,
     EmptyRoundError,
     FlexLoRAError,
     OptionError,
@@ -59,6 +60,7 @@ def aggregate(
     memory_limit: int | str | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
+    defence: str | Defence | None = None,
 ) -> GlobalUpdate:
     """Aggregate a round of LoRA adapters of any mix of ranks: :class:`Aggregator` fed in a loop.
 
@@ -75,7 +77,7 @@ def aggregate(
 
     Raises:
         What :meth:`Aggregator.add` and :meth:`Aggregator.finish` raise: one bad adapter stops the call. Feed an
-        ``Aggregator`` yourself to go on without it.
+        ``Aggregator`` yourself to go on without it. With a ``defence`` bad values do not stop it.
 
     >>> import torch, flexlora_fast as ff
     >>> def client(rank):
@@ -99,6 +101,7 @@ def aggregate(
         memory_limit=memory_limit,
         read="finish",
         progress=progress,
+        defence=defence,
     )
     for option, values in (("weights", weights), ("clients", clients)):
         if values is not None and len(values) != len(adapters):
@@ -138,6 +141,10 @@ class Aggregator:
             stay in memory as far as half the limit goes, the others are read again in ``finish``. "finish": once,
             layer by layer, while earlier layers are solved; a client with bad values is found only then.
         progress: a bar on stderr: None shows it on a terminal only.
+        defence: against hostile or broken clients: a name of ``defence.RULES`` ("clip", or with settings
+            "krum:byzantine=2"), a :class:`~flexlora_fast.defence.Defence`, or None, which trusts all clients. It judges
+            the low-rank updates of all layers together, from their Gram matrix: files are read once more for it. What
+            it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones.
 
     >>> import torch, flexlora_fast as ff
     >>> agg = ff.Aggregator(rank=2)
@@ -164,6 +171,7 @@ class Aggregator:
         read: Literal["add", "finish"] = "add",
         results: Literal["cpu", "device"] = "cpu",
         progress: bool | None = None,
+        defence: str | Defence | None = None,
     ) -> None:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise RankError(f"rank is {rank!r}; give an integer ≥ 1, or None for the largest that clients send")
@@ -174,12 +182,13 @@ class Aggregator:
         if read not in READ:
             raise OptionError(f"read {read!r} is neither 'add' nor 'finish'")
         self.rank, self.method, self.solver, self.tol = rank, methods.get(method), plan.check_solver(solver), tol
-        self.device, self.seed, self.missing = _device(device), seed, missing
+        self.device, self.seed, self.missing = devices.known(device), seed, missing
         self.certificate = plan.check_certificate(certificate)
         self.memory_limit, self._room = memory.parse_limit(memory_limit), memory_limit
         if results not in RESULTS:
             raise OptionError(f"results {results!r} is neither 'cpu' nor 'device'")
         self.read, self.results, self.progress = read, results, progress
+        self.defence = defences.get(defence)
         self.refused: list[Refusal] = []
         self._clients: dict[str, Client] = {}
         self._admission = Admission()
@@ -253,24 +262,29 @@ class Aggregator:
                 writes.
 
         Raises:
-            EmptyRoundError: no client was accepted. WeightError: all weights are zero.
+            EmptyRoundError: no client was accepted, or the defence rejects all. WeightError: all weights are zero.
             OptionError: a layer that does not fit ``memory_limit`` in any way, before anything is computed.
             AdapterError: a client whose values are bad (``read="finish"``), or whose file cannot be read any more. It
                 is refused; call ``finish`` again to go on without it, then all others are checked first. Without a
                 client: a layer whose ΔW overflows.
+
+        With a defence, clients whose values are bad are refused, and the round goes on without them.
         """
         if self._suspicious:
             self._check_the_others()
-        clients = self._weighted()
+        judged, verdicts = self._judged()
+        clients = [client for client in judged if client.share > 0]
         work = Work(clients, self._settings(), self._grams, self._resident, self._stored)
         frame = GlobalUpdate(
             layer_updates={},
-            clients=[finishing.record(client) for client in clients],
+            clients=[finishing.record(client) for client in judged],
             refused=list(self.refused),
             method=self.method.name,
             seed=self.seed,
             template=finishing.template(clients),
             seconds={"collect": time.perf_counter() - self._started},
+            defence=None if self.defence is None else str(self.defence),
+            verdicts=verdicts,
         )
         budget = self._make_room(work)
         try:
@@ -358,6 +372,20 @@ class Aggregator:
             client.share = weight / total
         return clients
 
+    def _judged(self) -> tuple[list[Client], list[Verdict]]:
+        """``_weighted`` after the defence: a client that it rejects has share 0. Bad values are refused on the way."""
+        clients = self._weighted()
+        if self.defence is None:
+            return clients, []
+        try:
+            return clients, judging.judge(self.defence, clients, self._settings(), self._grams, self._admission)
+        except AdapterError as error:
+            if error.client not in self._clients:
+                raise
+            self._refuse(error.client, error)
+        self._check_the_others()
+        return self._judged()
+
     def _check_the_others(self) -> None:
         """Look at all values not seen yet: with one bad client found, the round shall not start once for each."""
         for client in [client for client in self._clients.values() if not client.checked]:
@@ -381,18 +409,3 @@ class Aggregator:
         self._admission = Admission()
         for client in self._clients.values():
             self._admission.accept(client.name, client.source)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        chosen = torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError) as error:
-        raise BackendError(f"device {device!r} is none that torch knows: {error}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError("device 'cuda' was asked for, but torch sees no GPU; `flexlora-fast doctor` says more")
-    try:  # "meta", a GPU that is not there, or one without the float64 that certificates need
-        probe = torch.ones(1, dtype=torch.float64, device=chosen)
-        probe.item()
-    except (RuntimeError, NotImplementedError, TypeError, AssertionError) as error:
-        raise BackendError(f"device {device!r} cannot compute here: {error}") from error
-    return probe.device  # with its index, as tensors name it: "cuda" is not equal to "cuda:0"

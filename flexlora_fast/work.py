@@ -37,7 +37,8 @@ class Client:
     """One accepted client.
 
     ``adapter``: as the round reads it. ``source``: as it came; they differ where a file's tensors are kept in memory.
-    ``checked``: whether its values are known to be good. ``share``: its weight, normalised.
+    ``checked``: whether its values are known to be good. ``share``: its weight, normalised. ``factor``: what a defence
+    scales its update by.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Client:
     source: Adapter
     checked: bool
     share: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Work:
         """Whether factors are brought to the device without a look at each. Values that no sum may take up are found by
         what becomes of them: such a layer is read again the usual way, which names the client.
         """
-        usual = self.stored is None or self.all_here or not self.settings.method.uniform
+        usual = self.stored is None or self.all_here or not self.in_shares
         if usual or not any(layer.grouped for layer in self.plans):
             return False
         assert self.stored is not None
@@ -114,9 +116,8 @@ class Work:
     def stream(self) -> Stream:
         """The way that factors are brought by, of a round that is ``streamed``."""
         assert self.stored is not None
-        shares = [client.share for client in self.clients]
         names = [client.name for client in self.clients]
-        return Stream(self, self.stored.opened(names, shares, self.settings.missing == "renormalize"))
+        return Stream(self, self.stored.opened(names, self.shares, self.settings.missing == "renormalize"))
 
     def pieces(self, stream: Stream | None = None) -> Iterator[tuple[int, Callable[[], Piece | Brought]]]:
         """What is to be read in the order of solving: its bytes in memory that is not held already, and how."""
@@ -158,10 +159,21 @@ class Work:
         clients = self.clients
         return (
             self.resident is not None
-            and self.settings.method.uniform
+            and self.in_shares
             and all(client.checked for client in clients)
             and self.resident.has([client.name for client in clients])
         )
+
+    @property
+    def in_shares(self) -> bool:
+        """Whether one number for each client says all about its coefficients: ``shares``."""
+        plain = self.settings.missing == "zero" or all(client.factor == 1 for client in self.clients)
+        return self.settings.method.uniform and plain
+
+    @property
+    def shares(self) -> list[float]:
+        """What every client's s·B·A is multiplied by (with ``missing="renormalize"``, before that)."""
+        return [client.share * client.factor for client in self.clients]
 
     @full_precision()
     def solve_layer(self, layer: LayerPlan, pieces: Iterator[Piece]) -> LayerUpdate:
@@ -226,15 +238,24 @@ class Work:
 
     def _stack(self, spec: LayerSpec, piece: Piece, bias: _Bias) -> Stack:
         """Check what was read, and put it side by side."""
+        contributions = self.checked(spec, piece)
+        for c, b in zip(contributions, piece.biases, strict=True):
+            bias.add(c, b)
+        return Stack(self.settings.method.blocks(contributions), spec.m, spec.n, spec.experts)
+
+    def checked(self, spec: LayerSpec, piece: Piece) -> list[Contribution]:
+        """The contributions of a piece on the device, once their values are known to be good.
+
+        Raises ``AdapterError`` naming client and layer for bad ones.
+        """
         contributions = []
         for client, c, b in zip(piece.clients, piece.contributions, piece.biases, strict=True):
             if not client.checked:
                 keys = client.adapter.skeleton.keys_of(spec.name)
                 values.check_layer(c.A, c.B, b, c.scale, keys=keys, client=c.client, layer=spec.name)
-            bias.add(c, b)
             A, B = c.A.to(self.settings.device), c.B.to(self.settings.device)
             contributions.append(Contribution(c.client, A, B, c.scale, c.weight))
-        return Stack(self.settings.method.blocks(contributions), spec.m, spec.n, spec.experts)
+        return contributions
 
 
 def _read(layer: str, clients: Sequence[Client], total: float, last: bool) -> Piece:
@@ -244,7 +265,9 @@ def _read(layer: str, clients: Sequence[Client], total: float, last: bool) -> Pi
             A, B, bias = client.adapter.factors_and_bias(layer)
         except FlexLoRAError as error:
             raise error.at(client=client.name, layer=layer) from None
-        contributions.append(Contribution(client.name, A, B, client.adapter.scale(layer), client.share / total))
+        # The scale takes the factor, not the weight: what is scaled is the client's update, whatever the method's sum.
+        scale = client.factor * client.adapter.scale(layer)
+        contributions.append(Contribution(client.name, A, B, scale, client.share / total))
         biases.append(bias)
     return Piece(clients, contributions, biases, last)
 
