@@ -25,7 +25,7 @@ from flexlora_fast.errors import (
     RankError,
     WeightError,
 )
-from flexlora_fast.incremental import GramTable
+from flexlora_fast.incremental import GramTable, KeptGrams
 from flexlora_fast.kernels import obstacle
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
@@ -272,9 +272,10 @@ class Aggregator:
         """
         if self._suspicious:
             self._check_the_others()
-        judged, verdicts = self._judged()
+        grams = KeptGrams(self._grams, self.memory_limit // 4)
+        judged, verdicts = self._judged(grams)
         clients = [client for client in judged if client.share > 0]
-        work = Work(clients, self._settings(), self._grams, self._resident, self._stored)
+        work = Work(clients, self._settings(), grams, self._resident, self._stored)
         frame = GlobalUpdate(
             layer_updates={},
             clients=[finishing.record(client) for client in judged],
@@ -286,7 +287,7 @@ class Aggregator:
             defence=None if self.defence is None else str(self.defence),
             verdicts=verdicts,
         )
-        budget = self._make_room(work)
+        budget = self._make_room(work, grams)
         try:
             if out is None:
                 update = finishing.to_memory(work, frame, budget, self.progress)
@@ -335,7 +336,7 @@ class Aggregator:
         room = self.memory_limit // 2 - self._kept
         return adapter.in_memory() if adapter.on_disk and adapter.skeleton.nbytes <= room else adapter
 
-    def _make_room(self, work: Work) -> int:
+    def _make_room(self, work: Work, grams: KeptGrams) -> int:
         """Let go of tensors in memory that solving leaves no room for; they are read again. Bytes to read ahead."""
         room = self.memory_limit - work.scratch
         if self._grams is not None:
@@ -343,6 +344,9 @@ class Aggregator:
             if self._grams.nbytes + self._kept > room - work.held:
                 self._grams.drop()
             room -= self._grams.nbytes
+        if grams.nbytes + self._kept > room - work.held:
+            grams.drop()
+        room -= grams.nbytes
         for name in self.clients:
             client = self._clients[name]
             if client.adapter is not client.source and self._kept > room - work.held:
@@ -372,19 +376,20 @@ class Aggregator:
             client.share = weight / total
         return clients
 
-    def _judged(self) -> tuple[list[Client], list[Verdict]]:
+    def _judged(self, grams: KeptGrams) -> tuple[list[Client], list[Verdict]]:
         """``_weighted`` after the defence: a client that it rejects has share 0. Bad values are refused on the way."""
         clients = self._weighted()
         if self.defence is None:
             return clients, []
         try:
-            return clients, judging.judge(self.defence, clients, self._settings(), self._grams, self._admission)
+            return clients, judging.judge(self.defence, clients, self._settings(), grams, self._admission)
         except AdapterError as error:
             if error.client not in self._clients:
                 raise
             self._refuse(error.client, error)
         self._check_the_others()
-        return self._judged()
+        grams.drop()
+        return self._judged(grams)
 
     def _check_the_others(self) -> None:
         """Look at all values not seen yet: with one bad client found, the round shall not start once for each."""

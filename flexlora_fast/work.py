@@ -15,7 +15,7 @@ from torch import Tensor
 from flexlora_fast import memory, planning, together, values
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import FlexLoRAError
-from flexlora_fast.incremental import GramTable
+from flexlora_fast.incremental import KeptGrams
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.accumulate import Accumulator
 from flexlora_fast.lowrank.factorization import Factorization
@@ -69,7 +69,7 @@ class Work:
 
     clients: Sequence[Client]  # of positive weight, in canonical order
     settings: Settings
-    grams: GramTable | None = None
+    grams: KeptGrams | None = None
     resident: Resident | None = None
     stored: Stored | None = None
     plans: list[LayerPlan] = field(init=False)  # in the order of solving

@@ -1,6 +1,6 @@
 """Each rule of ``flexlora_fast.defence`` as its source states it, on dense float64 vectors, and attacks to try it on.
 
-Nothing of the package is used but the clients' factors: a client is one long vector of all its s·B·A.
+The rules use nothing of the package but the clients' factors: a client is one long vector of all its s·B·A.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from tests import oracle
-from tests.rounds import Client
+import flexlora_fast as ff
+from tests import oracle, rounds
+from tests.rounds import Client, Layer
 
 Array = np.ndarray
 
@@ -125,6 +126,40 @@ RULES: dict[str, Callable[[Array, Array], Array]] = {
     "centred-clipping": centred_clipping,
     "foolsgold": foolsgold,
 }
+
+
+# -- clients ---
+
+
+def alike(count: int, model: str | Sequence[Layer] = "linear", seed: int = 0, spread: float = 0.4) -> list[Client]:
+    """Honest clients: all saw the same task, each its own data; ranks, scales and weights differ."""
+    shared = rounds.client("shared", model, rank=4, alpha=4, seed=seed)
+    made = []
+    for i in range(count):
+        rank = 2 + i % 3
+        own = rounds.client(f"c{i:02d}", model, rank=rank, alpha=rank, seed=seed, weight=1.0 + i % 2)
+
+        def mixed(name: str, A: torch.Tensor, B: torch.Tensor, rank: int = rank) -> tuple[torch.Tensor, torch.Tensor]:
+            A0, B0 = shared.factors[name]
+            return A0[:, :rank] + spread * A, B0[:, :, :rank] + spread * B
+
+        made.append(own.mapped(mixed))
+    return made
+
+
+def attacked(clients: Sequence[Client], attack: str, count: int) -> list[Client]:
+    return [*ATTACKS[attack](clients[:count]), *clients[count:]] if count else list(clients)
+
+
+def error_of(update: ff.GlobalUpdate, honest: Sequence[Client]) -> float:
+    """‖ΔW − honest mean‖_F/‖honest mean‖_F over all layers."""
+    weights = shares(honest)
+    off = norm = 0.0
+    for layer in honest[0].layers:
+        mean = sum(w * oracle.product(c, layer) for w, c in zip(weights, honest, strict=True))
+        got = oracle.array(update.delta(layer)).reshape(mean.shape)
+        off, norm = off + float(((got - mean) ** 2).sum()), norm + float((mean**2).sum())
+    return math.sqrt(off / norm)
 
 
 # -- attacks: what hostile clients send in place of their own adapters ---

@@ -19,33 +19,15 @@ from flexlora_fast.backends import cpu
 from flexlora_fast.defence import Judgement, judging
 from flexlora_fast.defence.gram import gram_of
 from flexlora_fast.errors import EmptyRoundError, IncompatibleAdapterError, OptionError
+from flexlora_fast.incremental import KeptGrams
 from flexlora_fast.planning import Settings
 from flexlora_fast.work import Client as Member
 from flexlora_fast.work import Work
 from tests import checks, defences, oracle, rounds, where
+from tests.defences import alike, attacked, error_of
 from tests.rounds import Client
 
 MODELS = ("linear", "moe", "mixed", "weird")
-
-
-def alike(count: int, model: str = "linear", seed: int = 0, spread: float = 0.4) -> list[Client]:
-    """Honest clients: all saw the same task, each its own data; ranks, scales and weights differ."""
-    shared = rounds.client("shared", model, rank=4, alpha=4, seed=seed)
-    made = []
-    for i in range(count):
-        rank = 2 + i % 3
-        own = rounds.client(f"c{i:02d}", model, rank=rank, alpha=rank, seed=seed, weight=1.0 + i % 2)
-
-        def mixed(name: str, A: Tensor, B: Tensor, rank: int = rank) -> tuple[Tensor, Tensor]:
-            A0, B0 = shared.factors[name]
-            return A0[:, :rank] + spread * A, B0[:, :, :rank] + spread * B
-
-        made.append(own.mapped(mixed))
-    return made
-
-
-def attacked(clients: Sequence[Client], attack: str, count: int) -> list[Client]:
-    return [*defences.ATTACKS[attack](clients[:count]), *clients[count:]] if count else list(clients)
 
 
 def aggregate(clients: Sequence[Client], rule: Any, **options: Any) -> ff.GlobalUpdate:
@@ -326,17 +308,6 @@ STANDS = {
 }
 
 
-def error_of(update: ff.GlobalUpdate, honest: Sequence[Client]) -> float:
-    """‖ΔW − honest mean‖_F/‖honest mean‖_F over all layers."""
-    weights = defences.shares(honest)
-    off = norm = 0.0
-    for layer in honest[0].layers:
-        mean = sum(w * oracle.product(c, layer) for w, c in zip(weights, honest, strict=True))
-        got = checks.batched(update.delta(layer))
-        off, norm = off + float(((got - mean) ** 2).sum()), norm + float((mean**2).sum())
-    return math.sqrt(off / norm)
-
-
 @pytest.mark.parametrize("name", sorted(STANDS))
 def test_rules_stand_up_to_the_attacks_that_they_are_for(name: str) -> None:
     for attack, bound in STANDS[name].items():
@@ -501,6 +472,15 @@ def test_verdicts_are_saved_and_shown(tmp_path) -> None:
     assert document["verdicts"][0]["norm"] == pytest.approx(np.linalg.norm(defences.vectors(clients)[0]), rel=1e-5)
     plain = aggregate(clients, None)
     assert plain.verdicts == [] and plain.defence is None and "Defence" not in str(plain.report())
+
+
+def test_grams_that_the_solver_uses_again_change_no_bit(monkeypatch) -> None:
+    clients = attacked(alike(9), "scaling ×100", 2)
+    one = aggregate(clients, "clip", solver="krylov")
+    kept = []
+    monkeypatch.setattr(KeptGrams, "keep", lambda self, name, *_: kept.append(name))
+    checks.assert_identical(one, aggregate(clients, "clip", solver="krylov"))
+    assert not cpu.usable("float32") or kept == one.layers
 
 
 def test_rounds_without_a_defence_do_not_pay_for_one(monkeypatch) -> None:

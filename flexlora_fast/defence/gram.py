@@ -20,7 +20,7 @@ from flexlora_fast.stack import Block, Stack
 from flexlora_fast.work import Piece, Work
 
 # Entries of a Gram that are multiplied in float64 at a time.
-_ENTRIES = 1 << 20
+_ENTRIES = 1 << 16
 # ‖ΔW_i‖² below this share of the sum of its terms' magnitudes has lost more than two digits to cancellation: factors
 # can be large and their product small. A client could hide behind that error, so such a layer is done in float64.
 _CANCELLED = 1e-2
@@ -42,7 +42,7 @@ def gram_of(work: Work) -> Tensor:
         precise = list[bool]()  # by piece, whether it takes float64
         for i, read in enumerate(pieces):
             rows = _side(work, layer, read(), index)
-            inner, again = _own(work, rows, layer.spec.name)
+            inner, again = _own(work, rows, layer.spec.name, work.settings.method.folds and not layer.folded)
             precise.append(again)
             _add(total, rows, rows, inner)
             for j in range(i):
@@ -88,12 +88,19 @@ def _add(total: Tensor, rows: _Side, columns: _Side, inner: Tensor) -> None:
         total[np.ix_(columns.places, rows.places)] += inner.mT
 
 
-def _own(work: Work, side: _Side, name: str) -> tuple[Tensor, bool]:
-    """⟨ΔW_i, ΔW_j⟩ among the clients of a piece, (k, k), and whether it took products in float64."""
+def _own(work: Work, side: _Side, name: str, keep: bool) -> tuple[Tensor, bool]:
+    """⟨ΔW_i, ΔW_j⟩ among the clients of a piece, (k, k), and whether it took products in float64.
+
+    ``keep``: whether the layer's solver may want the Grams as well.
+    """
     if in_range(side.stack, name):
-        products = _known(work, side, name) or cpu.gram(side.stack)
+        known = _known(work, side, name)
+        products = known or cpu.gram(side.stack)
         inner = _summed(*products, side, side)
         if not _cancels(*products, side, inner.diagonal()):
+            if keep and known is None and work.grams is not None and cpu.takes(side.stack) and side.stack.batch == 1:
+                ranks = [block.d.numel() for block in side.stack.blocks]
+                work.grams.keep(name, side.clients, ranks, *products)
             return inner, False
     return _summed(*_products64(side.stack, side.stack), side, side), True
 
@@ -102,7 +109,7 @@ def _known(work: Work, side: _Side, name: str) -> tuple[Tensor, Tensor] | None:
     """The Grams that grew as clients arrived."""
     if work.grams is None:
         return None
-    return work.grams.of(name, [(c, b.B, b.A) for c, b in zip(side.clients, side.stack.blocks, strict=True)])
+    return work.grams.known(name, [(c, b.B, b.A) for c, b in zip(side.clients, side.stack.blocks, strict=True)])
 
 
 def _products(rows: Stack, columns: Stack) -> tuple[Tensor, Tensor]:
@@ -132,7 +139,7 @@ def _summed(left: Tensor, right: Tensor, rows: _Side, columns: _Side) -> Tensor:
 
     By NumPy, whose sums do not depend on the number of threads, in slabs of rows.
     """
-    result = np.zeros((rows.stack.R, len(columns.places)))
+    result = np.zeros((rows.stack.R, len(columns.places)))  # slabs stay in cache
     d = columns.stack.d.numpy()
     height = max(1, _ENTRIES // max(1, columns.stack.R))
     for one, two in zip(left.cpu(), right.cpu(), strict=True):

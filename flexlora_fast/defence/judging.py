@@ -14,7 +14,7 @@ from flexlora_fast.admission import Admission
 from flexlora_fast.defence.base import Defence, Judgement, Verdict, norms_of
 from flexlora_fast.defence.gram import gram_of
 from flexlora_fast.errors import EmptyRoundError, FlexLoRAError, OptionError
-from flexlora_fast.incremental import GramTable
+from flexlora_fast.incremental import KeptGrams
 from flexlora_fast.planning import Settings
 from flexlora_fast.work import Client, Work
 
@@ -24,7 +24,7 @@ _SAME = 1e-9
 
 
 def judge(
-    defence: Defence, clients: Sequence[Client], settings: Settings, grams: GramTable | None, admission: Admission
+    defence: Defence, clients: Sequence[Client], settings: Settings, grams: KeptGrams, admission: Admission
 ) -> list[Verdict]:
     """Set share and factor of every client, in place, as the rule says; the share of a rejected one is 0.
 
@@ -32,6 +32,7 @@ def judge(
 
     Args:
         clients: in canonical order, their shares summing to 1.
+        grams: takes what the solvers can use again.
         admission: what the round has settled, which the rule's reference must fit.
 
     Raises:
