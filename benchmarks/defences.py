@@ -2,7 +2,7 @@
 
 Errors: 20 clients of ranks 2 to 4 that share a task (A = A₀ + 0.2·own, B alike) in two layers; ‖ΔW − honest mean‖_F
 over ‖honest mean‖_F, for 0, 10 and 30 % of hostile ones. Cost: the wall time of ``aggregate`` over 100 clients in
-memory, with and without the defence in turn, the fastest of each. ``--out FILE`` writes the two tables to a file as well.
+memory, with and without the defence in turn, the fastest of each. ``--out FILE`` writes the tables to a file as well.
 """
 
 from __future__ import annotations

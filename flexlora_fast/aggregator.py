@@ -16,7 +16,7 @@ from flexlora_fast import devices, finishing, memory, methods
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.admission import Admission, check_name, check_values
 from flexlora_fast.backends import cpu
-from flexlora_fast.defence import Defence, Verdict, judging
+from flexlora_fast.defence import Coordinates, Defence, Verdict, judging
 from flexlora_fast.errors import (
     AdapterError,
     EmptyRoundError,
@@ -60,7 +60,7 @@ def aggregate(
     memory_limit: int | str | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
-    defence: str | Defence | None = None,
+    defence: str | Defence | Coordinates | None = None,
 ) -> GlobalUpdate:
     """Aggregate a round of LoRA adapters of any mix of ranks: :class:`Aggregator` fed in a loop.
 
@@ -144,7 +144,9 @@ class Aggregator:
         defence: against hostile or broken clients: a name of ``defence.RULES`` ("clip", or with settings
             "krum:byzantine=2"), a :class:`~flexlora_fast.defence.Defence`, or None, which trusts all clients. It judges
             the low-rank updates of all layers together, from their Gram matrix: files are read once more for it. What
-            it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones.
+            it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones. The rules
+            "median" and "trimmed-mean" take each entry of the dense updates by itself instead, tile by tile, with
+            solver "dense" whatever ``solver`` says; they give no verdicts.
 
     >>> import torch, flexlora_fast as ff
     >>> agg = ff.Aggregator(rank=2)
@@ -171,7 +173,7 @@ class Aggregator:
         read: Literal["add", "finish"] = "add",
         results: Literal["cpu", "device"] = "cpu",
         progress: bool | None = None,
-        defence: str | Defence | None = None,
+        defence: str | Defence | Coordinates | None = None,
     ) -> None:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise RankError(f"rank is {rank!r}; give an integer ≥ 1, or None for the largest that clients send")
@@ -189,6 +191,11 @@ class Aggregator:
             raise OptionError(f"results {results!r} is neither 'cpu' nor 'device'")
         self.read, self.results, self.progress = read, results, progress
         self.defence = defences.get(defence)
+        if isinstance(self.defence, Coordinates) and not self.method.uniform:
+            raise OptionError(
+                f"defence {self.defence.name!r} takes the place of the sum over clients, which method "
+                f"{self.method.name!r} has not; use method 'flexlora', or another rule"
+            )
         self.refused: list[Refusal] = []
         self._clients: dict[str, Client] = {}
         self._admission = Admission()
@@ -272,7 +279,8 @@ class Aggregator:
         """
         if self._suspicious:
             self._check_the_others()
-        grams = KeptGrams(self._grams, self.memory_limit // 4)
+        there = self._kept + (0 if self._grams is None else self._grams.nbytes)
+        grams = KeptGrams(self._grams, (self.memory_limit - there) // 4)
         judged, verdicts = self._judged(grams)
         clients = [client for client in judged if client.share > 0]
         work = Work(clients, self._settings(), grams, self._resident, self._stored)
@@ -315,6 +323,7 @@ class Aggregator:
             self.certificate,
             self.results,
             memory.room(self.device, self._room),
+            self.defence if isinstance(self.defence, Coordinates) else None,
         )
 
     def _gram_table(self) -> GramTable | None:
@@ -378,9 +387,12 @@ class Aggregator:
 
     def _judged(self, grams: KeptGrams) -> tuple[list[Client], list[Verdict]]:
         """``_weighted`` after the defence: a client that it rejects has share 0. Bad values are refused on the way."""
+        if isinstance(self.defence, Coordinates):
+            self._check_the_others()
         clients = self._weighted()
-        if self.defence is None:
+        if self.defence is None or isinstance(self.defence, Coordinates):
             return clients, []
+        self._make_room(Work(clients, self._settings()), grams)
         try:
             return clients, judging.judge(self.defence, clients, self._settings(), grams, self._admission)
         except AdapterError as error:

@@ -169,7 +169,7 @@ class Report:
         worst = max((row["excess"] or 0.0 for row in self.rows), default=0.0)
         kept = ", ".join(f"{percent(share)} at rank {rank}" for rank, share in self._columns(self.total["energy_kept"]))
         refused = f" ({len(self.refused)} refused)" if self.refused else ""
-        defended = f"; defence {self.update.defence}: {_tally(self.update.verdicts)}" if self.update.defence else ""
+        defended = f"; defence {self.update.defence}{_tally(self.update.verdicts)}" if self.update.defence else ""
         return (
             f"{count(len(self.rows), 'layer')}, {count(len(self.clients), 'client')}{refused}; "
             f"method {self.update.method}{defended}; solved by {solvers or 'none'} "
@@ -320,9 +320,10 @@ def verdict_table(defence: str | None, verdicts: Sequence[Verdict], full: bool |
 
 
 def _tally(verdicts: Sequence[Verdict]) -> str:
-    """``4 accepted, 1 rejected``."""
+    """``: 4 accepted, 1 rejected``; nothing where the rule gives no verdicts."""
     counts = Counter(verdict.status for verdict in verdicts)
-    return ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+    told = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+    return f": {told}" if told else ""
 
 
 def effective_rank(spectrum: Tensor) -> float:

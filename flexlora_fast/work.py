@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexlora_fast import memory, planning, together, values
 from flexlora_fast.adapter import Adapter
+from flexlora_fast.defence.coordinates import Coordinates, combined, combined_bias
 from flexlora_fast.errors import FlexLoRAError
 from flexlora_fast.incremental import KeptGrams
 from flexlora_fast.layouts import LayerSpec
@@ -178,11 +179,23 @@ class Work:
     @full_precision()
     def solve_layer(self, layer: LayerPlan, pieces: Iterator[Piece]) -> LayerUpdate:
         """Take the layer's pieces and solve it. Raises ``AdapterError`` naming client and layer for bad values."""
+        if self.settings.coordinates is not None:
+            result, bias = self._by_coordinates(self.settings.coordinates, layer, next(pieces))
+            return LayerUpdate(layer.spec, self.brought(result), layer.total_rank, None, bias)
         if layer.folded:
             result, bias = self.summed(layer, pieces)
             return LayerUpdate(layer.spec, self.brought(result), layer.total_rank, None, bias)
         result, averaged, total_rank, bias = self._whole(layer, next(pieces))
         return LayerUpdate(layer.spec, self.brought(result), total_rank, averaged, bias)
+
+    def _by_coordinates(self, rule: Coordinates, layer: LayerPlan, piece: Piece) -> tuple[Factorization, Tensor | None]:
+        of, spec = self.settings, layer.spec
+        contributions = self.checked(spec, piece)
+        total = Accumulator(spec.m, spec.n, spec.experts, of.device)
+        total.take(combined(rule, contributions, spec))
+        rank = min(layer.rank, spec.m, spec.n)
+        result = total.solve(rank, tol=of.tol, seed=of.seed, name=spec.name)
+        return result, combined_bias(rule, contributions, piece.biases)
 
     def brought(self, f: Factorization) -> Factorization:
         """The same on the CPU; with ``results="device"`` U and V stay on the device that they were computed on."""

@@ -54,10 +54,11 @@ def gram_of(work: Work) -> Tensor:
 
 @dataclass(frozen=True)
 class _Side:
-    """Some clients of one layer: their factors with d = s, their places in the Gram, and s·bias (k, m)."""
+    """Some clients of one layer: their factors, s (k,), their places in the Gram, and s·bias (k, m)."""
 
     clients: list[str]
     stack: Stack
+    scales: Tensor
     places: list[int]
     bias: Tensor
 
@@ -76,8 +77,9 @@ def _side(work: Work, layer: LayerPlan, piece: Piece, index: dict[str, int]) -> 
     for i, (c, b) in enumerate(zip(checked, piece.biases, strict=True)):
         if b is not None:
             bias[i] = c.scale * b.double().cpu()
-    names = [c.client for c in checked]
-    return _Side(names, Stack(blocks, spec.m, spec.n, spec.experts), [index[name] for name in names], bias)
+    names, scales = [c.client for c in checked], torch.tensor([c.scale for c in checked], dtype=torch.float64)
+    stack = Stack(blocks, spec.m, spec.n, spec.experts)
+    return _Side(names, stack, scales, [index[name] for name in names], bias)
 
 
 def _add(total: Tensor, rows: _Side, columns: _Side, inner: Tensor) -> None:
@@ -95,12 +97,12 @@ def _own(work: Work, side: _Side, name: str, keep: bool) -> tuple[Tensor, bool]:
     """
     if in_range(side.stack, name):
         known = _known(work, side, name)
-        products = known or cpu.gram(side.stack)
-        inner = _summed(*products, side, side)
-        if not _cancels(*products, side, inner.diagonal()):
+        left, right = (G.cpu() for G in known or cpu.gram(side.stack))
+        inner = _summed(left, right, side, side)
+        if not _cancels(left, right, side, inner.diagonal()):
             if keep and known is None and work.grams is not None and cpu.takes(side.stack) and side.stack.batch == 1:
                 ranks = [block.d.numel() for block in side.stack.blocks]
-                work.grams.keep(name, side.clients, ranks, *products)
+                work.grams.keep(name, side.clients, ranks, left, right)
             return inner, False
     return _summed(*_products64(side.stack, side.stack), side, side), True
 
@@ -125,27 +127,26 @@ def _products64(rows: Stack, columns: Stack) -> tuple[Tensor, Tensor]:
 
 def _cancels(left: Tensor, right: Tensor, side: _Side, squares: Tensor) -> bool:
     """Whether ‖ΔW_i‖² (k,) of some client is small beside the terms that it is the sum of."""
+    one, two = left.numpy(), right.numpy()
     stops = [*side.starts[1:].tolist(), side.stack.R]
-    for lo, hi, square in zip(side.starts.tolist(), stops, squares.tolist(), strict=True):
-        d = side.stack.d[lo:hi].to(left)
-        terms = (left[:, lo:hi, lo:hi] * right[:, lo:hi, lo:hi]).abs().sum(dim=0)
-        if square < _CANCELLED * float(d.abs() @ terms @ d.abs()):
+    for i, (lo, hi) in enumerate(zip(side.starts.tolist(), stops, strict=True)):
+        terms = np.abs(one[:, lo:hi, lo:hi] * two[:, lo:hi, lo:hi]).sum(dtype=np.float64)
+        if float(squares[i]) < _CANCELLED * float(side.scales[i]) ** 2 * terms:
             return True
     return False
 
 
 def _summed(left: Tensor, right: Tensor, rows: _Side, columns: _Side) -> Tensor:
-    """Σ over the matrices and over each pair of clients' columns of d_i·d_j·left∘right, (k₁, k₂) float64.
+    """s_i·s_j·Σ left∘right over the matrices and over each pair of clients' columns, (k₁, k₂) float64.
 
-    By NumPy, whose sums do not depend on the number of threads, in slabs of rows.
+    By NumPy, whose sums do not depend on the number of threads, in slabs of rows that stay in cache.
     """
-    result = np.zeros((rows.stack.R, len(columns.places)))  # slabs stay in cache
-    d = columns.stack.d.numpy()
+    result = np.zeros((rows.stack.R, len(columns.places)))
     height = max(1, _ENTRIES // max(1, columns.stack.R))
     for one, two in zip(left.cpu(), right.cpu(), strict=True):
         for lo in range(0, rows.stack.R, height):
             part = slice(lo, lo + height)
             product = one[part].numpy().astype(np.float64) * two[part].numpy()
-            result[part] += np.add.reduceat(product * d, columns.starts, axis=1)
-    result *= rows.stack.d.numpy()[:, None]
-    return torch.from_numpy(np.add.reduceat(result, rows.starts, axis=0))
+            result[part] += np.add.reduceat(product, columns.starts, axis=1)
+    inner = torch.from_numpy(np.add.reduceat(result, rows.starts, axis=0))
+    return inner * rows.scales.unsqueeze(1) * columns.scales
