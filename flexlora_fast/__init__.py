@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
-from flexlora_fast import errors, methods
+from flexlora_fast import defence, errors, methods
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.aggregator import Aggregator, aggregate
+from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.gate import RoundPolicy
+from flexlora_fast.oneshot import aggregate
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Refusal",
     "RoundPolicy",
     "aggregate",
+    "defence",
     "errors",
     "methods",
 ]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Literal
 
 import torch
 
+from flexlora_fast import defence as defences
 from flexlora_fast import devices, finishing, memory, methods
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.admission import Admission, check_name, check_values
 from flexlora_fast.backends import cpu
+from flexlora_fast.defence import Coordinates, Defence, Verdict, judging
 from flexlora_fast.errors import (
     AdapterError,
     EmptyRoundError,
@@ -25,14 +26,13 @@ from flexlora_fast.errors import (
 )
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.gate.entrance import Entrance, Source
-from flexlora_fast.incremental import GramTable
+from flexlora_fast.incremental import GramTable, KeptGrams
 from flexlora_fast.kernels import obstacle
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.methods import Method
 from flexlora_fast.planning import Settings
 from flexlora_fast.precision import full_precision
-from flexlora_fast.progress import track
 from flexlora_fast.resident import Resident
 from flexlora_fast.stored import Stored
 from flexlora_fast.update import GlobalUpdate, Refusal
@@ -41,75 +41,6 @@ from flexlora_fast.work import Client, Work
 MISSING = ("zero", "renormalize")
 READ = ("add", "finish")
 RESULTS = ("cpu", "device")
-
-
-def aggregate(
-    adapters: Iterable[Source],
-    weights: Sequence[float] | Mapping[str, float] | None = None,
-    rank: int | None = None,
-    method: str | Method = "flexlora",
-    solver: str = "auto",
-    tol: float = 1e-3,
-    device: str | torch.device | None = None,
-    seed: int = 0,
-    *,
-    clients: Sequence[str] | None = None,
-    missing: Literal["zero", "renormalize"] = "zero",
-    certificate: Literal["exact", "estimate"] = "exact",
-    memory_limit: int | str | None = None,
-    out: str | os.PathLike[str] | None = None,
-    progress: bool | None = None,
-) -> GlobalUpdate:
-    """Aggregate a round of LoRA adapters of any mix of ranks: :class:`Aggregator` fed in a loop.
-
-    Args:
-        adapters: adapters, or paths of PEFT adapter folders.
-        weights: one finite number ≥ 0 for each adapter, in their order or by client name (default: all equal).
-        clients: names, in the order of ``adapters`` (default: the adapter's own, or its path).
-        out: as for :meth:`Aggregator.finish`. The rest as for :class:`Aggregator`.
-
-    Files are read once, layer by layer while earlier layers are solved (``read="finish"``).
-
-    Returns:
-        The :class:`GlobalUpdate`.
-
-    Raises:
-        What :meth:`Aggregator.add` and :meth:`Aggregator.finish` raise: one bad adapter stops the call. Feed an
-        ``Aggregator`` yourself to go on without it.
-
-    >>> import torch, flexlora_fast as ff
-    >>> def client(rank):
-    ...     state = {"base_model.model.fc.lora_A.weight": torch.randn(rank, 6),
-    ...              "base_model.model.fc.lora_B.weight": torch.randn(5, rank)}
-    ...     return ff.Adapter.from_state_dict(state, {"r": rank, "lora_alpha": 16})
-    >>> update = ff.aggregate([client(1), client(4)], weights=[100, 300])
-    >>> update["fc"].S.shape, update.adapter(rank=2).rank("fc")
-    (torch.Size([4]), 2)
-    """
-    adapters = list(adapters)
-    round_ = Aggregator(
-        rank,
-        method,
-        solver,
-        tol,
-        device,
-        seed,
-        missing=missing,
-        certificate=certificate,
-        memory_limit=memory_limit,
-        read="finish",
-        progress=progress,
-    )
-    for option, values in (("weights", weights), ("clients", clients)):
-        if values is not None and len(values) != len(adapters):
-            raise WeightError(f"{len(values)} {option} for {len(adapters)} adapters; give one for each")
-    for i, adapter in enumerate(track(adapters, "clients", progress)):
-        name = clients[i] if clients is not None else round_.name_for(adapter)
-        if isinstance(weights, Mapping) and name not in weights:
-            raise WeightError(f"weights has no entry for it; it has {sorted(weights)[:5]} …", client=name)
-        share = 1.0 if weights is None else weights[name] if isinstance(weights, Mapping) else weights[i]
-        round_.add(adapter, share, client=name)
-    return round_.finish(out)
 
 
 class Aggregator:
@@ -142,6 +73,12 @@ class Aggregator:
         spool: a folder of your own for the copies, which stay there (default: one that goes with the aggregator, where
             temporary files go).
         progress: a bar on stderr: None shows it on a terminal only.
+        defence: against hostile or broken clients: a name of ``defence.RULES`` ("clip", or with settings
+            "krum:byzantine=2"), a :class:`~flexlora_fast.defence.Defence`, or None, which trusts all clients. It judges
+            the low-rank updates of all layers together, from their Gram matrix: files are read once more for it. What
+            it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones. The rules
+            "median" and "trimmed-mean" take each entry of the dense updates by itself instead, tile by tile, with
+            solver "dense" whatever ``solver`` says; they give no verdicts.
 
     >>> import torch, flexlora_fast as ff
     >>> agg = ff.Aggregator(rank=2)
@@ -170,6 +107,7 @@ class Aggregator:
         policy: RoundPolicy | None = None,
         spool: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
+        defence: str | Defence | Coordinates | None = None,
     ) -> None:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise RankError(f"rank is {rank!r}; give an integer ≥ 1, or None for the largest that clients send")
@@ -187,6 +125,12 @@ class Aggregator:
             raise OptionError(f"results {results!r} is neither 'cpu' nor 'device'")
         self.read, self.results, self.progress = read, results, progress
         self.policy, self._entrance = policy, Entrance(policy, spool)
+        self.defence = defences.get(defence)
+        if isinstance(self.defence, Coordinates) and not self.method.uniform:
+            raise OptionError(
+                f"defence {self.defence.name!r} takes the place of the sum over clients, which method "
+                f"{self.method.name!r} has not; use method 'flexlora', or another rule"
+            )
         self.refused: list[Refusal] = []
         self._clients: dict[str, Client] = {}
         self._admission = Admission()
@@ -267,26 +211,33 @@ class Aggregator:
                 writes.
 
         Raises:
-            EmptyRoundError: no client was accepted. WeightError: all weights are zero.
+            EmptyRoundError: no client was accepted, or the defence rejects all. WeightError: all weights are zero.
             OptionError: a layer that does not fit ``memory_limit`` in any way, before anything is computed.
             AdapterError: a client whose values are bad (``read="finish"``), or whose file cannot be read any more. It
                 is refused; call ``finish`` again to go on without it, then all others are checked first. Without a
                 client: a layer whose ΔW overflows.
+
+        With a defence, clients whose values are bad are refused, and the round goes on without them.
         """
         if self._suspicious:
             self._check_the_others()
-        clients = self._weighted()
-        work = Work(clients, self._settings(), self._grams, self._resident, self._stored)
+        there = self._kept + (0 if self._grams is None else self._grams.nbytes)
+        grams = KeptGrams(self._grams, (self.memory_limit - there) // 4)
+        judged, verdicts = self._judged(grams)
+        clients = [client for client in judged if client.share > 0]
+        work = Work(clients, self._settings(), grams, self._resident, self._stored)
         frame = GlobalUpdate(
             layer_updates={},
-            clients=[finishing.record(client) for client in clients],
+            clients=[finishing.record(client) for client in judged],
             refused=list(self.refused),
             method=self.method.name,
             seed=self.seed,
             template=finishing.template(clients),
             seconds={"collect": time.perf_counter() - self._started},
+            defence=None if self.defence is None else str(self.defence),
+            verdicts=verdicts,
         )
-        budget = self._make_room(work)
+        budget = self._make_room(work, grams)
         try:
             if out is None:
                 update = finishing.to_memory(work, frame, budget, self.progress)
@@ -314,6 +265,7 @@ class Aggregator:
             self.certificate,
             self.results,
             memory.room(self.device, self._room),
+            self.defence if isinstance(self.defence, Coordinates) else None,
         )
 
     def _gram_table(self) -> GramTable | None:
@@ -335,7 +287,7 @@ class Aggregator:
         room = self.memory_limit // 2 - self._kept
         return adapter.in_memory() if adapter.on_disk and adapter.skeleton.nbytes <= room else adapter
 
-    def _make_room(self, work: Work) -> int:
+    def _make_room(self, work: Work, grams: KeptGrams) -> int:
         """Let go of tensors in memory that solving leaves no room for; they are read again. Bytes to read ahead."""
         room = self.memory_limit - work.scratch
         if self._grams is not None:
@@ -343,6 +295,9 @@ class Aggregator:
             if self._grams.nbytes + self._kept > room - work.held:
                 self._grams.drop()
             room -= self._grams.nbytes
+        if grams.nbytes + self._kept > room - work.held:
+            grams.drop()
+        room -= grams.nbytes
         for name in self.clients:
             client = self._clients[name]
             if client.adapter is not client.source and self._kept > room - work.held:
@@ -371,6 +326,24 @@ class Aggregator:
         for client, weight in zip(clients, weights, strict=True):
             client.share = weight / total
         return clients
+
+    def _judged(self, grams: KeptGrams) -> tuple[list[Client], list[Verdict]]:
+        """``_weighted`` after the defence: a client that it rejects has share 0. Bad values are refused on the way."""
+        if isinstance(self.defence, Coordinates):
+            self._check_the_others()
+        clients = self._weighted()
+        if self.defence is None or isinstance(self.defence, Coordinates):
+            return clients, []
+        self._make_room(Work(clients, self._settings()), grams)
+        try:
+            return clients, judging.judge(self.defence, clients, self._settings(), grams, self._admission)
+        except AdapterError as error:
+            if error.client not in self._clients:
+                raise
+            self._refuse(error.client, error)
+        self._check_the_others()
+        grams.drop()
+        return self._judged(grams)
 
     def _check_the_others(self) -> None:
         """Look at all values not seen yet: with one bad client found, the round shall not start once for each."""

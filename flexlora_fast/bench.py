@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flexlora_fast import tables
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.aggregator import aggregate
 from flexlora_fast.errors import OptionError
+from flexlora_fast.oneshot import aggregate
 from flexlora_fast.tables import count, number
 
 if TYPE_CHECKING:

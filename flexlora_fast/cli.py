@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 from flexlora_fast import __version__, inputs, methods, outputs, tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import MISSING, Aggregator
+from flexlora_fast.defence import RULES
 from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError, OptionError, RankError, WeightError
 from flexlora_fast.factors import SPLITS
 from flexlora_fast.inputs import Source
@@ -110,6 +111,14 @@ def aggregate(
     missing: Annotated[
         str, typer.Option(help="A client without a layer: 'zero' counts it as zero there, 'renormalize' leaves it out.")
     ] = "zero",
+    defence: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help=f"Against hostile clients: one of {', '.join(RULES)}, settings behind a colon (krum:byzantine=2). "
+            "Default: none, all clients are trusted.",
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="Where singular values go: B, balanced (√S in each) or A.")] = "B",
     dtype: Annotated[
         str, typer.Option(help=f"Of the factors written: {', '.join(DTYPES)} (per client its own, else float32).")
@@ -148,7 +157,7 @@ def aggregate(
         keep = rank if rank is not None else _needed(wanted, [a for _, a, _ in loaded] if per_client else [])
 
         def fresh(read: Any) -> Aggregator:
-            limited = {"memory_limit": memory_limit, "read": read, "missing": gap}
+            limited = {"memory_limit": memory_limit, "read": read, "missing": gap, "defence": defence}
             return _filled(Aggregator(keep, method, solver, tol, device, seed, **limited), loaded, refused, strict)
 
         with _usage():

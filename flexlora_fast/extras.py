@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast import values
+from flexlora_fast.defence.coordinates import Coordinates, tile_rows
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.skeleton import Form
 from flexlora_fast.work import Client
@@ -26,8 +27,10 @@ def forms(clients: Sequence[Client]) -> dict[str, Form]:
     return dict(sorted(found.items()))
 
 
-def average(key: str, clients: Sequence[Client]) -> Tensor:
+def average(key: str, clients: Sequence[Client], rule: Coordinates | None = None) -> Tensor:
     """Σ w·t over the clients that have t, w renormalised to them; float64 sum, the first client's dtype.
+
+    With a ``rule``, what it makes of each entry instead of the sum.
 
     These are whole weights (a head, biases, token rows), not updates: counting an absent one as zero would shrink it.
     Raises ``AdapterError`` naming the client for values that are not finite.
@@ -37,11 +40,17 @@ def average(key: str, clients: Sequence[Client]) -> Tensor:
     form = having[0].adapter.skeleton.forms[key]
     result = torch.empty(form.shape, dtype=form.dtype)
     flat = result.view(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        stop = min(start + _CHUNK, flat.numel())
-        mean = torch.zeros(stop - start, dtype=torch.float64)
-        for client in having:
-            mean += client.share / total * _values(client, key, start, stop).double().cpu()
+    chunk = _CHUNK if rule is None else tile_rows(1, len(having))
+    for start in range(0, flat.numel(), chunk):
+        stop = min(start + chunk, flat.numel())
+        if rule is None:
+            mean = torch.zeros(stop - start, dtype=torch.float64)
+            for client in having:
+                mean += client.share / total * _values(client, key, start, stop).double().cpu()
+        else:
+            shares = torch.tensor([client.share / total for client in having], dtype=torch.float64)
+            parts = [_values(client, key, start, stop).double().cpu() for client in having]
+            mean = rule.combine(torch.stack(parts, dim=-1), shares)
         flat[start:stop] = (mean if form.dtype.is_floating_point else mean.round()).to(form.dtype)
     return result
 

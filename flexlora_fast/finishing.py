@@ -25,7 +25,7 @@ def to_memory(work: Work, frame: GlobalUpdate, budget: int, progress: bool | Non
     solve_layers(work, budget, lambda layer: layers.__setitem__(layer.name, layer), progress)
     layers = dict(sorted(layers.items()))
     solved = time.perf_counter()
-    averages = {key: extras.average(key, work.clients) for key in extras.forms(work.clients)}
+    averages = {key: extras.average(key, work.clients, work.settings.coordinates) for key in extras.forms(work.clients)}
     seconds = frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved}
     return dataclasses.replace(frame, layer_updates=layers, extras=averages, seconds=seconds)
 
@@ -40,7 +40,7 @@ def to_file(work: Work, frame: GlobalUpdate, budget: int, progress: bool | None,
             solve_layers(work, budget, writer.add, progress)
             solved = time.perf_counter()
             for key in writer.extras:
-                writer.add_extra(key, extras.average(key, work.clients))
+                writer.add_extra(key, extras.average(key, work.clients, work.settings.coordinates))
             writer.finish(frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved})
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -67,6 +68,48 @@ class _Layer:
     @property
     def nbytes(self) -> int:
         return 2 * self.left.numel() * self.left.element_size()
+
+
+class KeptGrams:
+    """Grams that a round computed before it is solved, within ``limit`` bytes, behind those of a ``table``.
+
+    A layer's are handed over once: after that they are the solver's.
+    """
+
+    def __init__(self, table: GramTable | None, limit: int) -> None:
+        self._table, self._limit, self.nbytes = table, limit, 0
+        self._layers: dict[str, tuple[dict[str, range], Tensor, Tensor]] = {}
+
+    def keep(self, name: str, clients: Sequence[str], ranks: Sequence[int], left: Tensor, right: Tensor) -> None:
+        """Keep PᵀP and QQᵀ (1, R, R) of these clients' factors, if there is room."""
+        nbytes = left.nbytes + right.nbytes
+        if self.nbytes + nbytes > self._limit:
+            return
+        stops = list(accumulate(ranks))
+        columns = [range(stop - rank, stop) for stop, rank in zip(stops, ranks, strict=True)]
+        self._layers[name] = (dict(zip(clients, columns, strict=True)), left, right)
+        self.nbytes += nbytes
+
+    def drop(self) -> None:
+        """Let go of what was kept."""
+        self._layers, self.nbytes = {}, 0
+
+    def known(self, name: str, factors: Sequence[tuple[str, Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+        """The table's alone."""
+        return None if self._table is None else self._table.of(name, factors)
+
+    def of(self, name: str, factors: Sequence[tuple[str, Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+        """As ``GramTable.of``: for some of the clients, in this order."""
+        found = self.known(name, factors)
+        if found is not None or name not in self._layers:
+            return found
+        columns, left, right = self._layers.pop(name)
+        self.nbytes -= left.nbytes + right.nbytes
+        if list(columns) == [client for client, _, _ in factors]:
+            return left, right
+        index = torch.tensor([column for client, _, _ in factors for column in columns[client]])
+        left, right = (G.index_select(1, index).index_select(2, index) for G in (left, right))
+        return left, right
 
 
 def _grown(G: Tensor, used: int, size: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexlora_fast import tables
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.aggregator import aggregate
+from flexlora_fast.oneshot import aggregate
 from flexlora_fast.report import LISTED, Report, grouped, shape
 from flexlora_fast.skeleton import Form
 from flexlora_fast.tables import number

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from flexlora_fast import memory
+from flexlora_fast.defence import coordinates
+from flexlora_fast.defence.coordinates import Coordinates
 from flexlora_fast.errors import OptionError
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
@@ -39,6 +41,7 @@ class Settings:
     certificate: str = "exact"
     results: str = "cpu"
     room: int = 0
+    coordinates: Coordinates | None = None
 
     def __post_init__(self) -> None:
         """``limit`` bounds this machine's memory, ``room`` that in which layers are solved: a GPU's, or the same."""
@@ -97,6 +100,8 @@ def plan_layer(name: str, having: Sequence[tuple[Skeleton, int]], of: Settings) 
     if of.device.type != "cpu":  # each B and A begins on a boundary there
         nbytes += 2 * ALIGNMENT * sum(count for _, count in having)
     rank = of.rank or widest
+    if of.coordinates is not None:
+        return _by_coordinates(name, having, of, rank, nbytes)
     columns = total_rank if of.method.output == "svd" else widest
     kept = min(rank, columns, spec.m, spec.n)
     shape = plan.Shape(spec.m, spec.n, columns, kept, of.tol, spec.experts, of.certificate)
@@ -120,6 +125,24 @@ def plan_layer(name: str, having: Sequence[tuple[Skeleton, int]], of: Settings) 
             layer=name,
         )
     return whole
+
+
+def _by_coordinates(
+    name: str, having: Sequence[tuple[Skeleton, int]], of: Settings, rank: int, nbytes: int
+) -> LayerPlan:
+    """All factors at once, and a dense ΔW whose rank is not theirs."""
+    spec = having[0][0].specs[name]
+    full = min(spec.m, spec.n)
+    shape = plan.Shape(spec.m, spec.n, full, min(rank, full), of.tol, spec.experts, of.certificate)
+    tile = coordinates.tile_bytes(spec.m, spec.n, sum(count for _, count in having))
+    layer = LayerPlan(spec, full, rank, False, nbytes, memory.scratch("dense", shape) + tile)
+    if _needs(layer, of) > of.room:
+        raise OptionError(
+            f"a layer of {spec.m} outputs and {spec.n} inputs needs {memory.show(_needs(layer, of))} with defence "
+            f"{str(of.coordinates)!r}, which takes all clients of a layer at once, and {_bound(of)}",
+            layer=name,
+        )
+    return layer
 
 
 def _needs(layer: LayerPlan, of: Settings) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexlora_fast.defence.base import Verdict
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.files import replace
 from flexlora_fast.layouts import LayerSpec
@@ -23,7 +24,7 @@ from flexlora_fast.skeleton import Form
 from flexlora_fast.tensorfile import TensorFile, TensorWriter
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
-FORMAT = "flexlora_fast.global_update/2"
+FORMAT = "flexlora_fast.global_update/3"
 _PADDING = "padding"
 # Bytes of the header for the dtype, shape and offsets of one tensor, and for the numbers of one layer; generous.
 _ENTRY, _FACTS = 400, 400
@@ -66,6 +67,8 @@ def about(update: GlobalUpdate) -> dict[str, Any]:
         "method": update.method,
         "seed": update.seed,
         "template": update.template,
+        "defence": update.defence,
+        "verdicts": [dataclasses.asdict(verdict) for verdict in update.verdicts],
     }
 
 
@@ -198,6 +201,8 @@ def _parse(about: dict[str, Any], file: TensorFile) -> GlobalUpdate:
         seed=about["seed"],
         template=about["template"],
         seconds=about["seconds"],
+        defence=about["defence"],
+        verdicts=[Verdict(**verdict) for verdict in about["verdicts"]],
     )
 
 

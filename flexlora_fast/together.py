@@ -213,6 +213,6 @@ def _resident(work: Work, layers: Sequence[LayerPlan], places: Sequence[int] | N
         (layers[0].spec.m, layers[0].spec.n),
         [layer.spec.name for layer in chosen],
         [client.name for client in work.clients],
-        [client.share for client in work.clients],
+        work.shares,
         work.settings.missing == "renormalize",
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from flexlora_fast import config as configs
 from flexlora_fast import layouts
 from flexlora_fast.adapter import Adapter
+from flexlora_fast.defence.base import Verdict
 from flexlora_fast.errors import AdapterError, OptionError, RankError
 from flexlora_fast.factors import SPLITS, Split, check_representable, copy_as, descale, pad, split_triplets
 from flexlora_fast.layouts import LayerSpec
@@ -180,7 +181,8 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
     Attributes:
         layer_updates: the layers, sorted by name.
         extras: averages of what is not a low-rank pair (heads, biases, trainable tokens), by state-dict key.
-        clients: the accepted clients; refused: the others.
+        clients: the accepted clients, those that a defence rejected among them with weight 0; refused: the others.
+        defence, verdicts: the rule against hostile clients in words, and what it made of each; None and empty without.
         method, seed: as given. template: the LoRA config that adapters start from.
         seconds: wall time of the parts of the round.
     """
@@ -193,6 +195,8 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
     seed: int = 0
     template: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    defence: str | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
 
     @property
     def layers(self) -> list[str]:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from flexlora_fast import memory, planning, together, values
 from flexlora_fast.adapter import Adapter
+from flexlora_fast.defence.coordinates import Coordinates, combined, combined_bias
 from flexlora_fast.errors import FlexLoRAError
-from flexlora_fast.incremental import GramTable
+from flexlora_fast.incremental import KeptGrams
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.accumulate import Accumulator
 from flexlora_fast.lowrank.factorization import Factorization
@@ -37,7 +38,8 @@ class Client:
     """One accepted client.
 
     ``adapter``: as the round reads it. ``source``: as it came; they differ where a file's tensors are kept in memory.
-    ``checked``: whether its values are known to be good. ``share``: its weight, normalised.
+    ``checked``: whether its values are known to be good. ``share``: its weight, normalised. ``factor``: what a defence
+    scales its update by.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Client:
     source: Adapter
     checked: bool
     share: float = 0.0
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Work:
 
     clients: Sequence[Client]  # of positive weight, in canonical order
     settings: Settings
-    grams: GramTable | None = None
+    grams: KeptGrams | None = None
     resident: Resident | None = None
     stored: Stored | None = None
     plans: list[LayerPlan] = field(init=False)  # in the order of solving
@@ -105,7 +108,7 @@ class Work:
         """Whether factors are brought to the device without a look at each. Values that no sum may take up are found by
         what becomes of them: such a layer is read again the usual way, which names the client.
         """
-        usual = self.stored is None or self.all_here or not self.settings.method.uniform
+        usual = self.stored is None or self.all_here or not self.in_shares
         if usual or not any(layer.grouped for layer in self.plans):
             return False
         assert self.stored is not None
@@ -114,9 +117,8 @@ class Work:
     def stream(self) -> Stream:
         """The way that factors are brought by, of a round that is ``streamed``."""
         assert self.stored is not None
-        shares = [client.share for client in self.clients]
         names = [client.name for client in self.clients]
-        return Stream(self, self.stored.opened(names, shares, self.settings.missing == "renormalize"))
+        return Stream(self, self.stored.opened(names, self.shares, self.settings.missing == "renormalize"))
 
     def pieces(self, stream: Stream | None = None) -> Iterator[tuple[int, Callable[[], Piece | Brought]]]:
         """What is to be read in the order of solving: its bytes in memory that is not held already, and how."""
@@ -158,19 +160,42 @@ class Work:
         clients = self.clients
         return (
             self.resident is not None
-            and self.settings.method.uniform
+            and self.in_shares
             and all(client.checked for client in clients)
             and self.resident.has([client.name for client in clients])
         )
 
+    @property
+    def in_shares(self) -> bool:
+        """Whether one number for each client says all about its coefficients: ``shares``."""
+        plain = self.settings.missing == "zero" or all(client.factor == 1 for client in self.clients)
+        return self.settings.method.uniform and plain
+
+    @property
+    def shares(self) -> list[float]:
+        """What every client's s·B·A is multiplied by (with ``missing="renormalize"``, before that)."""
+        return [client.share * client.factor for client in self.clients]
+
     @full_precision()
     def solve_layer(self, layer: LayerPlan, pieces: Iterator[Piece]) -> LayerUpdate:
         """Take the layer's pieces and solve it. Raises ``AdapterError`` naming client and layer for bad values."""
+        if self.settings.coordinates is not None:
+            result, bias = self._by_coordinates(self.settings.coordinates, layer, next(pieces))
+            return LayerUpdate(layer.spec, self.brought(result), layer.total_rank, None, bias)
         if layer.folded:
             result, bias = self.summed(layer, pieces)
             return LayerUpdate(layer.spec, self.brought(result), layer.total_rank, None, bias)
         result, averaged, total_rank, bias = self._whole(layer, next(pieces))
         return LayerUpdate(layer.spec, self.brought(result), total_rank, averaged, bias)
+
+    def _by_coordinates(self, rule: Coordinates, layer: LayerPlan, piece: Piece) -> tuple[Factorization, Tensor | None]:
+        of, spec = self.settings, layer.spec
+        contributions = self.checked(spec, piece)
+        total = Accumulator(spec.m, spec.n, spec.experts, of.device)
+        total.take(combined(rule, contributions, spec))
+        rank = min(layer.rank, spec.m, spec.n)
+        result = total.solve(rank, tol=of.tol, seed=of.seed, name=spec.name)
+        return result, combined_bias(rule, contributions, piece.biases)
 
     def brought(self, f: Factorization) -> Factorization:
         """The same on the CPU; with ``results="device"`` U and V stay on the device that they were computed on."""
@@ -226,15 +251,24 @@ class Work:
 
     def _stack(self, spec: LayerSpec, piece: Piece, bias: _Bias) -> Stack:
         """Check what was read, and put it side by side."""
+        contributions = self.checked(spec, piece)
+        for c, b in zip(contributions, piece.biases, strict=True):
+            bias.add(c, b)
+        return Stack(self.settings.method.blocks(contributions), spec.m, spec.n, spec.experts)
+
+    def checked(self, spec: LayerSpec, piece: Piece) -> list[Contribution]:
+        """The contributions of a piece on the device, once their values are known to be good.
+
+        Raises ``AdapterError`` naming client and layer for bad ones.
+        """
         contributions = []
         for client, c, b in zip(piece.clients, piece.contributions, piece.biases, strict=True):
             if not client.checked:
                 keys = client.adapter.skeleton.keys_of(spec.name)
                 values.check_layer(c.A, c.B, b, c.scale, keys=keys, client=c.client, layer=spec.name)
-            bias.add(c, b)
             A, B = c.A.to(self.settings.device), c.B.to(self.settings.device)
             contributions.append(Contribution(c.client, A, B, c.scale, c.weight))
-        return Stack(self.settings.method.blocks(contributions), spec.m, spec.n, spec.experts)
+        return contributions
 
 
 def _read(layer: str, clients: Sequence[Client], total: float, last: bool) -> Piece:
@@ -244,7 +278,9 @@ def _read(layer: str, clients: Sequence[Client], total: float, last: bool) -> Pi
             A, B, bias = client.adapter.factors_and_bias(layer)
         except FlexLoRAError as error:
             raise error.at(client=client.name, layer=layer) from None
-        contributions.append(Contribution(client.name, A, B, client.adapter.scale(layer), client.share / total))
+        # The scale takes the factor, not the weight: what is scaled is the client's update, whatever the method's sum.
+        scale = client.factor * client.adapter.scale(layer)
+        contributions.append(Contribution(client.name, A, B, scale, client.share / total))
         biases.append(bias)
     return Piece(clients, contributions, biases, last)
 

@@ -352,3 +352,29 @@ def test_names():
     assert len({name.casefold() for name in safe.values()}) == len(safe)
     assert all(len(name.encode()) < 255 and not set(name) & set("/\x1b") for name in safe.values())
     assert safe["日本"] == "日本"
+
+
+# -- against hostile clients ---
+
+
+def test_a_defence_is_asked_for_and_reported(clients, tmp_path):
+    loaded = ff.Adapter.load(clients / "ben").state_dict()
+    config = ff.Adapter.load(clients / "ben").config
+    hostile = {key: 100 * value if "lora_B" in key else value for key, value in loaded.items()}
+    ff.Adapter.from_state_dict(hostile, config).save(clients / "zed")
+    done = run("aggregate", clients, "--out", tmp_path / "out", "--defence", "clip:zeroing=20")
+    assert done.exit_code == 0, done.output
+    assert "defence clip:zeroing=20" in done.output and "rejected" in done.output
+    verdicts = {v["client"]: v for v in json.loads((tmp_path / "out" / "report.json").read_text())["verdicts"]}
+    assert verdicts["zed"]["status"] == "rejected" and verdicts["zed"]["share"] == 0
+    assert "Defence clip" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "clients" / "zed").is_dir()  # it may train on, from what the others agree on
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"), [("kram", "is not one of clip"), ("krum:byzantine=x", "byzantine is 'x'")]
+)
+def test_a_wrong_defence_is_a_wrong_call(clients, tmp_path, rule, message):
+    done = run("aggregate", clients, "--out", tmp_path / "out", "--defence", rule)
+    assert done.exit_code == 2 and message in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()

@@ -144,7 +144,8 @@ def test_grams_go_before_the_factors_they_hold(tmp_path, enough):
     kept, table = aggregator._kept, aggregator._grams
     assert kept and table is not None and table.nbytes
     room = kept + table.nbytes - (0 if enough else 1)
-    aggregator._make_room(SimpleNamespace(scratch=aggregator.memory_limit - room, held=0, ahead=0))
+    work = SimpleNamespace(scratch=aggregator.memory_limit - room, held=0, ahead=0)
+    aggregator._make_room(work, incremental.KeptGrams(table, 0))
     assert (table.nbytes > 0) is enough
     assert aggregator._kept == kept  # with the Grams gone there is room again
     assert aggregator.finish().layers == ["layers.0.fc", "layers.1.fc"]
@@ -169,3 +170,21 @@ def test_the_planner_is_asked_before_anything_is_computed():
     for i in range(20):
         table.take(f"{i}", adapter(i, dtype=torch.bfloat16))
     assert table.nbytes == 0 and asked[0] == (128, True)
+
+
+def test_kept_grams_are_bounded_and_handed_over_once():
+    kept = incremental.KeptGrams(None, limit=2 * 2 * 36 * 4)
+    G = torch.arange(36.0).reshape(1, 6, 6)
+    for name in ("x", "y", "z"):
+        kept.keep(name, ["a", "b", "c"], [1, 3, 2], G, 2 * G)
+    assert kept.nbytes == 2 * 2 * 36 * 4 and kept.of("z", []) is None  # there was no room for it
+
+    def factors(*clients):
+        return [(client, torch.empty(0), torch.empty(0)) for client in clients]
+
+    left, right = kept.of("x", factors("a", "c"))
+    index = torch.tensor([0, 4, 5])
+    assert torch.equal(left[0], G[0][index][:, index]) and torch.equal(right, 2 * left)
+    assert kept.of("x", factors("a", "c")) is None and kept.nbytes == 2 * 36 * 4
+    assert kept.of("y", factors("a", "b", "c"))[0] is G
+    assert kept.nbytes == 0

@@ -51,6 +51,10 @@ class Accumulator:
             rows = slice(lo, lo + _ROWS)
             self._D[:, rows] += ((P[:, rows] * c.unsqueeze(1)) @ Q).to(torch.float32)
 
+    def take(self, D: Tensor) -> None:
+        """Have D (b, m, n) float32 for the sum, with e = 0; it is kept, not copied."""
+        self._D, self._exponent = D, 0
+
     def _settle(self, exponent: int) -> None:
         """Have the common exponent at least this large."""
         if self._exponent is not None and exponent > self._exponent:

@@ -1,0 +1,112 @@
+"""Rules about one update's norm: reject what is absurd, shorten what is long. And the same around a centre."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexlora_fast.defence.base import Judgement, Rule, check_count, check_number, lower_quantile, normalised, norms_of
+
+
+@dataclass(frozen=True)
+class Clip(Rule):
+    """Reject updates of absurd norm, and clip the others: c_i = min(1, τ/‖ΔW_i‖_F), joint over all layers.
+
+    τ is the ``quantile`` of the norms of this round (of those > 0), or ``norm`` where it is given. A client with
+    ‖ΔW_i‖_F > ``zeroing``·τ is rejected (None: never).
+
+    Weights: a rejected client counts as absent, so its weight is shared out. A clipped one keeps its weight: the mean
+    of shortened updates is the rule, and to renormalise would undo it.
+
+    After TensorFlow Federated's ``tff.learning.robust_aggregator``, which clips at the 0.8-quantile of norms, estimated
+    over the rounds before (Andrew et al., "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021, arXiv
+    1905.03871, without its noise), and zeroes values beyond a multiple of the 0.98-quantile. A round by itself has no
+    history: its quantile is safe only while fewer than 1 − quantile of the clients are hostile, hence the median here,
+    which stands up to just under a half. Pass ``norm`` to carry a bound over rounds. Clipping bounds what one client
+    can do; it does not find one that points the wrong way at an ordinary length.
+    """
+
+    quantile: float = 0.5
+    zeroing: float | None = 10.0
+    norm: float | None = None
+    name = "clip"
+
+    def __post_init__(self) -> None:
+        check_number(self.name, "quantile", self.quantile, 0, 1, open_low=True)
+        if self.zeroing is not None:
+            check_number(self.name, "zeroing", self.zeroing, 1, math.inf)
+        if self.norm is not None:
+            check_number(self.name, "norm", self.norm, 0, math.inf, open_low=True)
+
+    def judge(self, gram: Tensor, weights: Tensor) -> Judgement:
+        norms = norms_of(gram)
+        bound = self.norm
+        if bound is None:
+            bound = lower_quantile(norms[norms > 0], self.quantile) if bool((norms > 0).any()) else math.inf
+        kept = norms <= (math.inf if self.zeroing is None else self.zeroing * bound)
+        factors = torch.where(norms > bound, bound / norms.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+        what = "‖ΔW‖_F {:.4g} is {} {:.4g}" + (f" ({self.quantile:g}-quantile)" if self.norm is None else "")
+        reasons = [
+            what.format(norm, f"more than {self.zeroing:g} ×", bound)
+            if not keep
+            else what.format(norm, "more than", bound)
+            if norm > bound
+            else ""
+            for norm, keep in zip(norms.tolist(), kept.tolist(), strict=True)
+        ]
+        return Judgement(normalised(weights * kept), torch.where(kept, factors, 0.0), reasons)
+
+
+@dataclass(frozen=True)
+class CentredClipping(Rule):
+    """v ← v + Σ w_i·(ΔW_i − v)·min(1, τ/‖ΔW_i − v‖_F), from v = 0 until it stands still, at most ``iterations`` times.
+
+    τ is ``radius``; None takes the weighted median of the distances ‖ΔW_i − v‖ in each iteration.
+    In coordinates v = Σ a_i·ΔW_i: a ← (1 − Σ w_i·c_i)·a + w∘c, so everything comes from the Gram.
+
+    Weights: a/Σa, with one factor Σa ≤ 1 for all: what is missing from 1 is what is left of the start at 0, which
+    vanishes with the iterations.
+
+    Source: Karimireddy, He, Jaggi, "Learning from History for Byzantine Robust Optimization", ICML 2021 (arXiv
+    2012.10333), algorithm 2; there v starts at the aggregate of the last round and takes a few steps. Here it is 0.
+    """
+
+    radius: float | None = None
+    iterations: int = 100
+    name = "centred-clipping"
+
+    def __post_init__(self) -> None:
+        if self.radius is not None:
+            check_number(self.name, "radius", self.radius, 0, math.inf, open_low=True)
+        check_count(self.name, "iterations", self.iterations, 1)
+
+    def judge(self, gram: Tensor, weights: Tensor) -> Judgement:
+        a = torch.zeros_like(weights)
+        for _ in range(self.iterations):
+            before, distance = a, distances_to(gram, a)
+            radius = weighted_median(distance, weights) if self.radius is None else self.radius
+            clipped = torch.where(distance > radius, radius / distance.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+            a = (1 - (weights * clipped).sum()) * a + weights * clipped
+            if float((a - before).abs().max()) <= 1e-12:
+                break
+        reasons = [
+            f"{d:.4g} from the centre, {c:.3f} of it counts" if c < 1 else ""
+            for d, c in zip(distance.tolist(), clipped.tolist(), strict=True)
+        ]
+        return Judgement(normalised(a), torch.full_like(a, float(a.sum())), reasons)
+
+
+def distances_to(gram: Tensor, a: Tensor) -> Tensor:
+    """‖ΔW_i − Σ_j a_j·ΔW_j‖_F (K,) = √(G_ii − 2(Ga)_i + aᵀGa)."""
+    inner = gram @ a
+    return (gram.diagonal() - 2 * inner + a @ inner).clamp_min(0).sqrt()
+
+
+def weighted_median(values: Tensor, weights: Tensor) -> float:
+    """The least of ``values`` (K,) at which half of the weight is reached."""
+    ordered, index = values.sort()
+    below = weights[index].cumsum(0)
+    return float(ordered[int((below >= 0.5 * below[-1] - 1e-12).int().argmax())])
