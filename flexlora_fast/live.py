@@ -39,9 +39,7 @@ def snapshot(
     # full embeddings are base weights, not the adapter's; "auto" would send them along
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     _check_complete(state, layers, adapter_name, client)
-    ranks = {
-        layer: parameters(module, adapter_name)[0].shape[0] // facts[layer].experts for layer, module in layers.items()
-    }
+    ranks = {layer: _rank(module, adapter_name, facts[layer]) for layer, module in layers.items()}
     scales = {layer: float(module.scaling[adapter_name]) for layer, module in layers.items()}
     names = {layer: fact.pattern_name for layer, fact in facts.items()}
     try:
@@ -49,6 +47,18 @@ def snapshot(
     except AdapterError as error:
         raise error.at(client=client) from None
     return {key: _detached(key, value, client) for key, value in state.items()}, config, facts
+
+
+def config(model: Any, adapter_name: str) -> Config:
+    """The config of an adapter, checked to be plain LoRA; a copy."""
+    return _peft_model(model, adapter_name, None)[1]
+
+
+def ranks(model: Any, adapter_name: str) -> dict[str, int]:
+    """The rank that each layer of an adapter has now, by layer name."""
+    model, _ = _peft_model(model, adapter_name, None)
+    layers = lora_layers(model, adapter_name)
+    return {layer: _rank(module, adapter_name, _facts(layer, module, layers, None)) for layer, module in layers.items()}
 
 
 def _check_complete(state: Mapping[str, Any], layers: Mapping[str, Any], adapter_name: str, client: str | None) -> None:
