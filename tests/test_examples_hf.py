@@ -1,4 +1,4 @@
-"""The examples in Hugging Face's loops on tiny models: rounds, a hostile client, and the lines that the drop-in changes."""
+"""The examples in Hugging Face's loops on tiny models: rounds, a hostile client, the lines that the drop-in changes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_plain_peft_loop_before_and_after(loop: Any, tmp_path: Path) -> None:
     assert losses[2] < losses[0]
 
 
-def test_rounds_with_a_hostile_client(tiny_model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_rounds_with_a_hostile_client(tiny_model: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     played = questions.classifiers(tiny_model, tiny_questions(300), tmp_path, steps=4, test=60)
     rounds = [played.play() for _ in range(3)]

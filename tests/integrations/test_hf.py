@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("options", [[], ["--sft"]], ids=["Trainer", "SFTTrainer"])
 def test_the_documented_command(options: list[str]) -> None:
-    """Three rounds of three clients: the loss on held-out questions falls, and the hostile client is refused in each."""
+    """Three rounds of three clients: the loss on held-out questions falls, a hostile client is refused in each."""
     done = subprocess.run(
         [sys.executable, "-m", "examples.hf", *options],
         cwd=ROOT,
