@@ -117,7 +117,8 @@ def main() -> None:
     text = (
         "# Merging adapters: PEFT's `add_weighted_adapter` and ours\n\n"
         f"`python -m benchmarks.peft_merge`, peft {peft.__version__}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} thread(s) of {os.cpu_count()}. What the figures are: `benchmarks/peft_merge.py`.\n\n"
+        f"{torch.get_num_threads()} thread(s) of {os.cpu_count()}. "
+        "What the figures are: `benchmarks/peft_merge.py`.\n\n"
         + markdown(header, [measure(case, arguments.repeats) for case in cases])
         + "\n"
     )
