@@ -18,6 +18,11 @@ from examples.hf import after, before, federation, questions
 from tests.models import LLAMA, tiny
 from tests.test_demo import tiny_model, tiny_questions
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated"),  # PEFT's use of it
+    pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted"),
+    pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained"),
+]
 ROOT = Path(__file__).parents[1]
 __all__ = ["tiny_model"]  # a fixture, used by name
 
@@ -37,7 +42,6 @@ def test_the_readme_says_how_many_lines_the_drop_in_changes() -> None:
     assert said is not None and int(said[1]) == count
 
 
-@pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained")
 @pytest.mark.parametrize("loop", [before, after], ids=lambda module: module.__name__.rpartition(".")[2])
 def test_a_plain_peft_loop_before_and_after(loop: Any, tmp_path: Path) -> None:
     ids = torch.randint(0, 32, (12, 6), generator=torch.Generator().manual_seed(0))

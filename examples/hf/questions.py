@@ -59,7 +59,7 @@ def config(client: str, wide: str, **options: Any) -> LoraConfig:
 
 
 def policy(models: Sequence[Any], weight: float) -> ff.RoundPolicy:
-    """What the server admits: these layers and ranks, a fixed scale, and no update ten times a good one's length."""
+    """What the server admits: these layers, three ranks, one scale, and bounds of weights and lengths."""
     return ff.RoundPolicy.from_model(
         models[0], ranks=(4, 8, 16), scale="constant", max_weight=weight, max_norm=100.0, max_extra_norm=1000.0
     )

@@ -61,6 +61,7 @@ def receive(
         model's. All of it before anything is written.
     """
     model = _unwrapped(model)
+    _refuse_sharded(model, adapter_name)
     adapter = _adapter_for(model, update, rank, adapter_name)
     if optimizer is not None:
         _check_optimizer(optimizer, model, adapter_name)
@@ -162,6 +163,14 @@ def _factors(model: Any, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:
         layer: live.parameters(module, adapter_name)[:2]
         for layer, module in live.lora_layers(model, adapter_name).items()
     }
+
+
+def _refuse_sharded(model: Any, adapter_name: str) -> None:
+    from torch.distributed.tensor import DTensor
+
+    for layer, pair in _factors(model, adapter_name).items():
+        if any(isinstance(parameter, DTensor) for parameter in pair):
+            raise AdapterError("its factors are sharded (FSDP); use DistributedDataParallel", layer=layer)
 
 
 def _check_optimizer(optimizer: Any, model: Any, adapter_name: str) -> None:
