@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -176,7 +175,7 @@ class RoundPolicy:
         return isinstance(other, RoundPolicy) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.to_json(), sort_keys=True))
+        return hash((self.max_bytes, frozenset(self.ranks), frozenset(self.reference.specs)))
 
     @property
     def specs(self) -> dict[str, LayerSpec]:
