@@ -101,7 +101,9 @@ class Session:
                 self.record.hangs += 1
                 (self.folder / f"hang-{hashlib.sha1(data).hexdigest()}").write_bytes(data)
         record = self.record
-        record.slowest = max(record.slowest, seconds)
+        if seconds > record.slowest:
+            record.slowest = seconds
+            (self.folder / "slowest").write_bytes(data)
         record.inputs += 1
         if record.inputs % _EVERY == 0 or record.inputs >= self.runs:
             self.write()
