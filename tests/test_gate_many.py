@@ -1,4 +1,4 @@
-"""Very many uploads in one round, one in ten hostile: all of those refused, the others aggregated, in bounded memory."""
+"""Very many uploads in one round, one in ten hostile: those are refused, the others aggregated, in bounded memory."""
 
 from __future__ import annotations
 
