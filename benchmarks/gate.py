@@ -108,8 +108,8 @@ def main() -> None:
             "",
             f"`python -m benchmarks.gate`, commit {commit()}, torch {torch.__version__}, safetensors "
             f"{version('safetensors')}, 1 thread of {os.cpu_count()}, {cpu_name()}. What is compared: "
-            "`benchmarks/gate.py`. The gate's time has the copy to a file of the server's own in it, the checks of header "
-            "and config, and the look at all values: finite, and ‖s·B·A‖_F of every layer.",
+            "`benchmarks/gate.py`. The gate's time has the copy to a file of the server's own in it, the checks of "
+            "header and config, and the look at all values: finite, and ‖s·B·A‖_F of every layer.",
             "",
             *lines(options.repeats),
         ]
