@@ -41,9 +41,11 @@ def shares(clients: Sequence[Client]) -> Array:
 
 def clip(X: Array, w: Array) -> Array:
     norms = np.linalg.norm(X, axis=1)
-    positive = np.sort(norms[norms > 0])
-    bound = positive[math.ceil(len(positive) / 2) - 1] if len(positive) else np.inf
-    kept = norms <= 10 * bound
+    kept = np.full(len(X), True)
+    for _ in range(len(X)):  # each time somebody is rejected, or all is settled
+        positive = np.sort(norms[kept & (norms > 0)])
+        bound = positive[math.ceil(len(positive) / 2) - 1] if len(positive) else np.inf
+        kept &= norms <= 10 * bound
     return np.where(kept, w, 0) / w[kept].sum() * np.minimum(1, bound / np.maximum(norms, 1e-300))
 
 
@@ -72,8 +74,9 @@ def geometric_median(X: Array, w: Array) -> Array:
     norms = np.linalg.norm(X, axis=1)
     if not norms.any():
         return w
-    positive = np.sort(norms[norms > 0])
-    floor = 1e-3 * positive[math.ceil(len(positive) / 2) - 1]
+    order = np.argsort(norms[norms > 0], kind="stable")
+    below = np.cumsum(w[norms > 0][order])
+    floor = 1e-3 * norms[norms > 0][order][np.searchsorted(below, 0.5 * below[-1] - 1e-12)]
     a = w
     for _ in range(3000):
         v = a @ X

@@ -1,0 +1,68 @@
+"""Clipping: whom it rejects, and bounds that are carried over rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from flexlora_fast import defence
+from flexlora_fast.errors import OptionError
+from tests.defences import alike, attacked
+from tests.test_defence import aggregate
+
+
+@pytest.mark.parametrize("factor", [11.0, 100.0, 1e6])
+def test_clipping_is_as_if_the_rejected_had_never_come(factor: float) -> None:
+    """Their norms do not move the bound of the others either: the error is that of a round without them."""
+    clients = alike(10)
+    sent = [*(c.mapped(lambda _, A, B: (A, factor * 1.5 * B)) for c in clients[:3]), *clients[3:]]
+    one, two = aggregate(sent, "clip"), aggregate(clients[3:], "clip")
+    assert [v.status for v in one.verdicts[:3]] == ["rejected"] * 3
+    for mine, other in zip(one.verdicts[3:], two.verdicts, strict=True):
+        assert (mine.client, mine.factor, mine.reason) == (other.client, other.factor, other.reason)
+        assert mine.share == pytest.approx(other.share, rel=1e-12)
+    for layer in two.layers:
+        torch.testing.assert_close(one.delta(layer), two.delta(layer), rtol=0, atol=1e-6 * two[layer].norm)
+
+
+def test_rejecting_some_may_show_others() -> None:
+    """The median of these norms is 1 only once the three largest are gone."""
+    gram = torch.diag(torch.tensor([1.0, 1, 1, 9, 91, 92, 93], dtype=torch.float64) ** 2)
+    found = defence.Clip().judge(gram, torch.full((7,), 1 / 7, dtype=torch.float64))
+    assert found.factors.tolist() == [1, 1, 1, pytest.approx(1 / 9), 0, 0, 0]
+    assert defence.Clip(zeroing=8).judge(gram, torch.full((7,), 1 / 7, dtype=torch.float64)).factors[3] == 0
+
+
+def test_a_bound_is_carried_over_rounds() -> None:
+    """Andrew et al.: the bound follows a quantile that drifts, and hostile clients cannot drive it."""
+    clients = alike(10)
+    rule, bounds = defence.Clip(quantile=0.6), []
+    drift = [1.1**t for t in range(12)]
+    for growth in drift:
+        sent = [c.mapped(lambda _, A, B, growth=growth: (A, growth * B)) for c in clients]
+        update = aggregate(attacked(sent, "scaling ×100", 2), rule)
+        honest = np.sort([v.norm for v in update.verdicts[2:]])
+        rule = rule.after(update)
+        assert rule.quantile == 0.6 and rule.norm is not None
+        bounds.append(rule.norm / honest[0])
+    spread = honest[-1] / honest[0]
+    assert all(0.85 < bound < 1.15 * spread for bound in bounds), (bounds, spread)
+    assert defence.get(str(rule)) == dataclasses.replace(rule, norm=float(str(rule.norm)))
+
+
+def test_a_bound_moves_by_the_share_of_clients_below_it() -> None:
+    update = aggregate(alike(8), "clip")
+    norms = sorted(v.norm for v in update.verdicts)
+    first = defence.Clip().after(update)
+    assert first.norm == pytest.approx(norms[3]) and first.zeroing == 10  # half of them are below: it stays
+    low, high = (defence.Clip(norm=x).after(update).norm for x in (norms[0] / 2, 2 * norms[-1]))
+    assert low == pytest.approx(norms[0] / 2 * math.exp(0.2 * 0.5))
+    assert high == pytest.approx(2 * norms[-1] * math.exp(-0.2 * 0.5))
+    with pytest.raises(OptionError, match="no verdicts to learn a bound from"):
+        defence.Clip().after(aggregate(alike(3), None))
+    zero = aggregate([c.mapped(lambda _, A, B: (A, B * 0)) for c in alike(3)], "clip")
+    assert defence.Clip().after(zero) == defence.Clip()
