@@ -29,13 +29,15 @@ __all__ = ["rule"]  # the fixture
 
 # The largest error, of the honest clients' mean norm, that each rule may leave with 3 hostile clients of 10; measured
 # and rounded up. Clipping does not find what points the wrong way; FoolsGold is for copies among clients that differ.
+# Krum's choice of few leaves more of their noise than "little is enough" does harm.
+CRUDE = [attack for attack in defences.ATTACKS if attack != "little is enough"]
 STANDS = {
     "clip": {"scaling ×100": 0.1, "noise ×3": 0.45, "product poisoning": 0.1, "NaN": 0.1},
-    "krum": dict.fromkeys(defences.ATTACKS, 0.45),
-    "multi-krum": dict.fromkeys(defences.ATTACKS, 0.4),
+    "krum": dict.fromkeys(CRUDE, 0.45),
+    "multi-krum": dict.fromkeys(CRUDE, 0.4),
     "geometric-median": dict.fromkeys(defences.ATTACKS, 0.25),
     "centred-clipping": dict.fromkeys(defences.ATTACKS, 0.25),
-    "foolsgold": {"colluding copies": 0.05},
+    "foolsgold": {"colluding copies": 0.05, "little is enough": 0.05, "inner product": 0.05},
 }
 
 
@@ -49,6 +51,17 @@ def test_rules_stand_up_to_the_attacks_that_they_are_for(name: str) -> None:
         if attack != "NaN":
             undefended = error_of(aggregate(attacked(clients, attack, 3), None, rank=30), clients[3:])
             assert error < undefended, (attack, error, undefended)
+
+
+@pytest.mark.parametrize("attack", ["gauge games", "rank inflation"])
+def test_other_factors_of_the_same_update_gain_nothing(rule: Any, attack: str) -> None:
+    """Factors of condition 2^40, or of sixteen times the rank: judged as the plain sign flip is."""
+    one, two = (aggregate(attacked(alike(9), kind, 3), rule, rank=30) for kind in ("sign flip", attack))
+    for mine, other in zip(one.verdicts, two.verdicts, strict=True):
+        assert mine.status == other.status and mine.norm == pytest.approx(other.norm, rel=1e-6)
+        assert mine.share * mine.factor == pytest.approx(other.share * other.factor, abs=1e-6)
+    for layer in one.layers:
+        torch.testing.assert_close(one.delta(layer), two.delta(layer), rtol=0, atol=1e-5 * one[layer].norm)
 
 
 def test_without_attackers_robust_means_are_near_the_mean() -> None:
