@@ -169,10 +169,10 @@ def timed(adapters: Sequence[ff.Adapter], repeats: int) -> dict[str | None, floa
     """Seconds by rule, the least of so many runs in turn."""
     least: dict[str | None, float] = dict.fromkeys((None, *TIMED), math.inf)
     for _ in range(repeats):
-        for rule in least:
+        for rule, best in least.items():
             start = time.perf_counter()
             ff.aggregate(adapters, rank=16, defence=rule)
-            least[rule] = min(least[rule], time.perf_counter() - start)
+            least[rule] = min(best, time.perf_counter() - start)
     return least
 
 
