@@ -18,7 +18,8 @@ from flexlora_fast.backends import cpu
 from flexlora_fast.defence import Judgement, judging
 from flexlora_fast.errors import EmptyRoundError, OptionError
 from flexlora_fast.incremental import KeptGrams
-from tests import checks, defences
+from flexlora_fast.stack import Stack
+from tests import checks, defences, rounds
 from tests.defences import alike, attacked, error_of
 from tests.test_defence import aggregate, rule
 
@@ -225,6 +226,27 @@ def test_grams_that_the_solver_uses_again_change_no_bit(monkeypatch) -> None:
     monkeypatch.setattr(KeptGrams, "keep", lambda self, name, *_: kept.append(name))
     checks.assert_identical(one, aggregate(clients, "clip", solver="krylov"))
     assert not cpu.usable("float32") or kept == one.layers
+
+
+@pytest.mark.parametrize("read", ["add", "finish"])
+def test_no_gram_is_computed_twice(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defended round multiplies factors as often as one that trusts its clients."""
+    layers = [rounds.Layer(f"h.{i}", 96, 80) for i in range(3)]
+    clients = [rounds.client(f"c{i}", layers, rank=8, alpha=8) for i in range(6)]
+    calls: dict[str | None, int] = {None: 0, "clip": 0}
+    original = cpu.gram
+    for name in calls:
+
+        def counted(stack: Stack, name: str | None = name) -> tuple[Tensor, Tensor]:
+            calls[name] += 1
+            return original(stack)
+
+        monkeypatch.setattr(cpu, "gram", counted)
+        agg = ff.Aggregator(rank=4, solver="krylov", defence=name, read=read)  # type: ignore[arg-type]
+        for c in clients:
+            agg.add(c.adapter(), client=c.name)
+        agg.finish()
+    assert calls["clip"] == calls[None] == len(layers) or not cpu.usable("float32")
 
 
 def test_rounds_without_a_defence_do_not_pay_for_one(monkeypatch) -> None:
