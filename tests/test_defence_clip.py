@@ -11,7 +11,7 @@ import torch
 
 from flexlora_fast import defence
 from flexlora_fast.errors import OptionError
-from tests.defences import alike, attacked
+from tests.defences import alike, scaled
 from tests.test_defence import aggregate
 
 
@@ -37,14 +37,17 @@ def test_rejecting_some_may_show_others() -> None:
     assert defence.Clip(zeroing=8).judge(gram, torch.full((7,), 1 / 7, dtype=torch.float64)).factors[3] == 0
 
 
-def test_a_bound_is_carried_over_rounds() -> None:
-    """Andrew et al.: the bound follows a quantile that drifts, and hostile clients cannot drive it."""
+@pytest.mark.parametrize("factor", [0.01, 3.0, 9.0, 100.0])
+def test_a_bound_is_carried_over_rounds(factor: float) -> None:
+    """Andrew et al.: the bound follows a quantile that drifts, and hostile clients cannot drive it, be they short, long
+    or just within what is not rejected.
+    """
     clients = alike(10)
     rule, bounds = defence.Clip(quantile=0.6), []
     drift = [1.1**t for t in range(12)]
     for growth in drift:
         sent = [c.mapped(lambda _, A, B, growth=growth: (A, growth * B)) for c in clients]
-        update = aggregate(attacked(sent, "scaling ×100", 2), rule)
+        update = aggregate([*scaled(factor)(sent[:2]), *sent[2:]], rule)
         honest = np.sort([v.norm for v in update.verdicts[2:]])
         rule = rule.after(update)
         assert rule.quantile == 0.6 and rule.norm is not None
