@@ -249,6 +249,12 @@ def test_no_gram_is_computed_twice(read: str, monkeypatch: pytest.MonkeyPatch) -
     assert calls["clip"] == calls[None] == len(layers) or not cpu.usable("float32")
 
 
+@pytest.mark.parametrize("solver", ["gram", "subspace", "dense"])
+def test_grams_that_no_solver_wants_are_not_kept(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KeptGrams, "keep", lambda *_: pytest.fail("kept"))
+    assert aggregate(alike(5), "clip", solver=solver).verdicts
+
+
 def test_rounds_without_a_defence_do_not_pay_for_one(monkeypatch) -> None:
     monkeypatch.setattr(judging, "judge", lambda *_: pytest.fail("judged"))
     aggregate(alike(3), None)

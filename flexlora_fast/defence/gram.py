@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.backends import cpu, reference
+from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.solve import RANGE, in_range
 from flexlora_fast.planning import LayerPlan
 from flexlora_fast.precision import full_precision
@@ -43,7 +44,7 @@ def gram_of(work: Work) -> Tensor:
         precise = list[bool]()  # by piece, whether it takes float64
         for i, read in enumerate(pieces):
             rows = _side(work, layer, read(), index)
-            inner, again = _own(work, rows, layer.spec.name, work.settings.method.folds and not layer.folded)
+            inner, again = _own(work, rows, layer)
             precise.append(again)
             _add(total, rows, rows, inner)
             for j in range(i):
@@ -97,21 +98,31 @@ def _add(total: np.ndarray, rows: _Side, columns: _Side, inner: np.ndarray) -> N
         total[np.ix_(columns.places, rows.places)] += inner.T
 
 
-def _own(work: Work, side: _Side, name: str, keep: bool) -> tuple[np.ndarray, bool]:
-    """⟨ΔW_i, ΔW_j⟩ among the clients of a piece, (k, k), and whether it took products in float64.
-
-    ``keep``: whether the layer's solver may want the Grams as well.
+def _own(work: Work, side: _Side, layer: LayerPlan) -> tuple[np.ndarray, bool]:
+    """⟨ΔW_i, ΔW_j⟩ among the clients of a piece, (k, k), and whether it took products in float64. The Grams are kept
+    where the layer's solver will want them.
     """
+    name = layer.spec.name
     known = _known(work, side, name)
     left, right = (G.cpu() for G in known or cpu.gram(side.stack))
     lengths = _lengths(left, right)
     if lengths is not None or in_range(side.stack, name):
         inner = _summed(left, right, side, side)
         if not _cancels(left, right, lengths, side, inner.diagonal()):
-            if keep and known is None and work.grams is not None and cpu.takes(side.stack) and side.stack.batch == 1:
+            if known is None and work.grams is not None and _wanted(work, layer, side.stack):
                 work.grams.keep(name, side.clients, side.ranks, left, right)
             return inner, False
     return _summed(*_products64(side.stack, side.stack), side, side), True
+
+
+def _wanted(work: Work, layer: LayerPlan, stack: Stack) -> bool:
+    """Whether the layer will be solved from its Grams, as far as that is known before anybody is rejected."""
+    of = work.settings
+    if layer.folded or not of.method.folds or stack.batch > 1 or not cpu.takes(stack):
+        return False
+    kept = min(layer.rank, stack.R, stack.m, stack.n)
+    shape = plan.Shape(stack.m, stack.n, stack.R, kept, of.tol, 1, of.certificate, stack.sixteen)
+    return (plan.choose(shape) if of.solver == "auto" else of.solver) in ("krylov", "filtered")
 
 
 def _known(work: Work, side: _Side, name: str) -> tuple[Tensor, Tensor] | None:
