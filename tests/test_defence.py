@@ -139,7 +139,10 @@ def test_large_factors_with_a_small_product_cannot_hide_or_pretend() -> None:
 
 
 def test_the_gram_is_the_same_bits_for_any_number_of_threads() -> None:
-    clients = alike(12, "mixed")
+    clients = [
+        c.but(bias={"h.0.up": torch.linspace(-1, i, 29)}, config=c.config | {"lora_bias": True})
+        for i, c in enumerate(alike(12, "mixed"))
+    ]
     before = torch.get_num_threads()
     found = []
     try:

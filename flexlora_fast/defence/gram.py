@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexlora_fast import threads
 from flexlora_fast.backends import cpu, reference
 from flexlora_fast.lowrank import plan
 from flexlora_fast.lowrank.solve import RANGE, in_range
@@ -62,7 +63,7 @@ class _Side:
     stack: Stack
     scales: np.ndarray
     places: list[int]
-    bias: np.ndarray | None
+    bias: Tensor | None
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -79,10 +80,12 @@ def _side(work: Work, layer: LayerPlan, piece: Piece, index: dict[str, int]) -> 
     checked = work.checked(spec, piece)
     ones = {rank: torch.ones(rank, dtype=torch.float64) for rank in {c.rank for c in checked}}
     blocks = [Block(c.B, c.A, ones[c.rank]) for c in checked]  # the scales come in at the end
-    bias = np.zeros((len(checked), spec.m)) if any(b is not None for b in piece.biases) else None
-    for i, (c, b) in enumerate(zip(checked, piece.biases, strict=True)):
-        if bias is not None and b is not None:
-            bias[i] = c.scale * b.double().cpu().numpy()
+    bias = None
+    if any(b is not None for b in piece.biases):
+        bias = torch.zeros(len(checked), spec.m, dtype=torch.float64)
+        for i, (c, b) in enumerate(zip(checked, piece.biases, strict=True)):
+            if b is not None:
+                bias[i] = c.scale * b.double().cpu()
     names = [c.client for c in checked]
     stack = Stack(blocks, spec.m, spec.n, spec.experts)
     return _Side(names, stack, np.array([c.scale for c in checked]), [index[name] for name in names], bias)
@@ -91,8 +94,9 @@ def _side(work: Work, layer: LayerPlan, piece: Piece, index: dict[str, int]) -> 
 def _add(total: np.ndarray, rows: _Side, columns: _Side, inner: np.ndarray) -> None:
     """Add what one layer gives for these clients, (k₁, k₂), and its mirror image where they are others."""
     if rows.bias is not None and columns.bias is not None:
-        # No BLAS: its sums would depend on its threads, which moreover are others than torch's and keep these waiting.
-        inner = inner + np.einsum("im,jm->ij", rows.bias, columns.bias)
+        # Not by NumPy, whose BLAS has threads of its own that keep torch's waiting; and on one, so that bits stay.
+        with threads.single():
+            inner = inner + (rows.bias @ columns.bias.mT).numpy()
     total[np.ix_(rows.places, columns.places)] += inner
     if rows is not columns:
         total[np.ix_(columns.places, rows.places)] += inner.T
