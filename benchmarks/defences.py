@@ -27,7 +27,7 @@ import torch
 
 import flexlora_fast as ff
 from benchmarks.defence_plot import plot
-from flexlora_fast import defence
+from flexlora_fast import defence, threads
 from flexlora_fast.defence import Coordinates, Defence
 from tests.defences import ATTACKS, alike, attacked, error_of, error_to, scaled, task_of
 from tests.rounds import Client, Layer
@@ -48,7 +48,7 @@ COSTS = (
     (1, 2048, (8, 30, 200), torch.float32),
 )
 PEOPLE = 100
-PATIENCE = 60.0  # seconds after which no further run is timed
+PATIENCE = 30.0  # seconds after which no further run is timed
 TIMED = ("clip", "multi-krum", "geometric-median", "centred-clipping", "foolsgold")
 Found = dict[str, dict[str, list[float]]]  # by rule and attack, the error for each share; NaN where the round stops
 Kind = Defence | Coordinates | None
@@ -110,7 +110,8 @@ def default_lines(spread: float) -> Iterator[str]:
     yield "| attack | hostile | error | × clean | × honest alone | to the honest mean: error | × clean |"
     yield "|---|---|---|---|---|---|---|"
     for share in SHARES[1:]:
-        every = [measured(share, seed, spread) for seed in SEEDS]  # by seed and attack
+        with threads.single():
+            every = [measured(share, seed, spread) for seed in SEEDS]  # by seed and attack
         yield line("none", share, [found["none"] for found in every])
         yield line("NaN", share, [found["NaN"] for found in every])
         for factor in SHOWN:
@@ -158,14 +159,14 @@ def cost_lines(repeats: int) -> Iterator[str]:
     before = torch.get_num_threads()
     for layers, side, ranks, dtype in COSTS:
         adapters = people(layers, side, ranks, dtype)
-        for threads in range(1, (os.cpu_count() or 1) + 1):
-            torch.set_num_threads(threads)
+        for count in range(1, (os.cpu_count() or 1) + 1):
+            torch.set_num_threads(count)
             seconds = timed(adapters, repeats)
             solver = ", ".join(ff.aggregate(adapters, rank=16).solvers())
             over = [f"{100 * (seconds[rule] / seconds[None] - 1):.0f} %" for rule in TIMED]
             kind, mixed = str(dtype).removeprefix("torch."), "/".join(map(str, ranks))
             yield (
-                f"| {layers} | {side} | {mixed} | {kind} | {solver} | {threads} | {seconds[None]:.2f} "
+                f"| {layers} | {side} | {mixed} | {kind} | {solver} | {count} | {seconds[None]:.2f} "
                 f"| {' | '.join(over)} |"
             )
     torch.set_num_threads(before)
@@ -244,9 +245,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="runs of each round whose time is taken")
     options = parser.parse_args()
     warnings.simplefilter("error")
-    found = errors()
-    text = "\n".join(lines(found, options.repeats)) + "\n"
-    print(text, end="")
+    with threads.single():  # these layers are small
+        found = errors()
+    text = ""
+    for each in lines(found, options.repeats):
+        print(each, flush=True)
+        text += f"{each}\n"
     if options.out is not None:
         options.out.write_text(text, encoding="utf-8")
         plot(found, SHARES, options.out.with_suffix(".png"))
