@@ -16,12 +16,12 @@ from torch import Tensor
 
 from flexlora_fast import tables
 from flexlora_fast.tables import count, natural, number, percent, span, spread
+from flexlora_fast.verdicts import tally, verdict_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from flexlora_fast.defence import Verdict
     from flexlora_fast.update import GlobalUpdate, LayerUpdate
 
 FORMAT = "flexlora_fast.report/1"
@@ -158,7 +158,7 @@ class Report:
         if self.clients:
             result.append(self._client_table(full))
         if self.update.verdicts:
-            result.append(verdict_table(self.update.defence, self.update.verdicts, full))
+            result.append(verdict_table(self.update.defence, self.update.verdicts, None if full else LISTED))
         if self.refused:
             result.append(refusal_table(self.refused))
         return result
@@ -169,7 +169,7 @@ class Report:
         worst = max((row["excess"] or 0.0 for row in self.rows), default=0.0)
         kept = ", ".join(f"{percent(share)} at rank {rank}" for rank, share in self._columns(self.total["energy_kept"]))
         refused = f" ({len(self.refused)} refused)" if self.refused else ""
-        defended = f"; defence {self.update.defence}{_tally(self.update.verdicts)}" if self.update.defence else ""
+        defended = f"; defence {self.update.defence}{tally(self.update.verdicts)}" if self.update.defence else ""
         return (
             f"{count(len(self.rows), 'layer')}, {count(len(self.clients), 'client')}{refused}; "
             f"method {self.update.method}{defended}; solved by {solvers or 'none'} "
@@ -300,30 +300,6 @@ def refusal_table(refused: Sequence[Any]) -> Table:
     """Clients that were refused, with the reason (which need not repeat the client's name)."""
     rows = [[r.client, r.reason.removeprefix(f"client {r.client!r}").lstrip(",: ")] for r in refused]
     return tables.table("Refused", ["client", "reason"], rows, left=["client", "reason"])
-
-
-def verdict_table(defence: str | None, verdicts: Sequence[Verdict], full: bool | None) -> Table:
-    """What a defence made of each client; the accepted come last, and are left out first where there are many."""
-    ordered = sorted(verdicts, key=lambda verdict: verdict.status == "accepted")
-    shown = ordered if full or len(ordered) <= LISTED else ordered[:LISTED]
-    more = f" (the first {len(shown)} of {len(ordered)})" if len(shown) < len(ordered) else ""
-    return tables.table(
-        f"Defence {defence}{more}",
-        ["client", "verdict", "‖ΔW‖_F", "weight", "share", "factor", "reason"],
-        [
-            [v.client, v.status, number(v.norm), percent(v.weight), percent(v.share), number(v.factor), v.reason]
-            for v in shown
-        ],
-        left=["client", "verdict", "reason"],
-        implied={"reason": ""},
-    )
-
-
-def _tally(verdicts: Sequence[Verdict]) -> str:
-    """``: 4 accepted, 1 rejected``; nothing where the rule gives no verdicts."""
-    counts = Counter(verdict.status for verdict in verdicts)
-    told = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
-    return f": {told}" if told else ""
 
 
 def effective_rank(spectrum: Tensor) -> float:
