@@ -298,6 +298,9 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
         for record in self.clients:
             if record.name == name:
                 return record
+        if not self.clients:
+            what = f"this update knows no clients ({self.method}); give rank= or config= of the one to be served"
+            raise AdapterError(what, client=name)
         known = ", ".join(repr(record.name) for record in self.clients[:5])
         raise AdapterError(f"no such client in this round; it has {len(self.clients)}: {known} …", client=name)
 
