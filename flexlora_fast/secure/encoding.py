@@ -27,7 +27,8 @@ def encode(values: Tensor, segment: Segment, into: Vector) -> None:
 def decode(total: Vector, segment: Segment) -> Tensor:
     """The sum that a run of a summed vector stands for, float64, of the segment's shape."""
     signed = total.view(np.int32 if total.dtype == np.uint32 else np.int64)
-    return torch.from_numpy(signed.astype(np.float64) * segment.quantum).reshape(segment.shape)
+    # In torch's memory, which is aligned: on NumPy's, MKL's results depend on where it happens to lie.
+    return torch.from_numpy(signed).double().mul_(segment.quantum).reshape(segment.shape)
 
 
 def split(vector: Vector, segments: Iterable[Segment]) -> Iterable[tuple[Segment, Vector]]:

@@ -175,10 +175,18 @@ def _recovered(mean: dict[str, Tensor], cores: tuple[Tensor, Tensor]) -> tuple[T
     """SVD of Q·(ΦᵀQ)⁺·(ΦᵀΔWΨ)·(PᵀΨ)⁺·Pᵀ with Q, P for the spans of ΔW·Ω and ΔWᵀ·Γ (arXiv 1902.08651, eq. 2.8)."""
     Q, P = _basis(mean["right"]).double(), _basis(mean["left"]).double()
     Phi, Psi = cores
-    half = torch.linalg.lstsq(Phi.mT @ Q, mean["core"]).solution
-    core = torch.linalg.lstsq(Psi.mT @ P, half.mT).solution.mT
+    core = _solved(Psi.mT @ P, _solved(Phi.mT @ Q, mean["core"]).mT).mT
     U, S, Vh = torch.linalg.svd(core)
     return Q @ U, S, P @ Vh.mT
+
+
+def _solved(X: Tensor, Y: Tensor) -> Tensor:
+    """X⁺·Y for X (E, 4·width, width), by QR: ``torch.linalg.lstsq`` gives other last bits at each call (torch 2.13).
+
+    X is an orthonormal basis seen through four times as many random signs, whose condition is about 3.
+    """
+    Q, R = torch.linalg.qr(X)
+    return torch.linalg.solve_triangular(R, Q.mT @ Y, upper=True)
 
 
 def _mean_square(E: Tensor) -> tuple[Tensor, Tensor]:
