@@ -63,7 +63,7 @@ class LayerUpdate:
     Attributes:
         spec: names and shapes of the layer.
         factorization: U (E, m, k), S (E, k), V (E, n, k), energy (E,); E is 1 but for MoE experts.
-        total_rank: R, the sum of the clients' ranks in this layer.
+        total_rank: R, the sum of the clients' ranks in this layer; min(m, n) where they are secret (``secure``).
         averaged: for methods that average factors (``output = "slice"``), their B̄ (E, m, r) and Ā (E, r, n), whole:
             adapters are then their first columns instead of singular triplets.
         bias: Σ w·s·(lora_B.bias) (m,), where clients train one.

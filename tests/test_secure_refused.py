@@ -259,6 +259,36 @@ def test_sums_that_a_server_refuses_leave_it_as_it_was() -> None:
     assert secure.same(server.finish(), secure.run(plan, clients))
 
 
+def test_a_client_with_another_plan_or_message_is_noticed() -> None:
+    """All have vectors of one length, so nothing else would tell; the round goes on with the sum of the others."""
+    one, two, three = (c.but(weight=0.25) for c in mixed()[:3])
+    plan = plan_for([one, two, three])
+    other = secure.resized(plan, seed=9)
+    server = Server(plan)
+    for stray in (other, secure.resized(plan, clip=plan.clip / 2)):
+        with pytest.raises(ProtocolError, match=r"not all 3 clients .* had this plan and the message of round 1"):
+            server.receive(add([secure.first(plan, one), secure.first(plan, two), secure.first(stray, three)]))
+    server.receive(add(secure.first(plan, c) for c in (one, two)))
+    second = server.message
+    server.receive(add(sketch(c.adapter(), plan, second, weight=0.25) for c in (one, two)))
+    late = secure.first(plan, one)  # of round 1, as long as those of round 3
+    assert plan.length(3) == plan.length(1)
+    with pytest.raises(ProtocolError, match="message of round 3; give all of them the same"):
+        server.receive(add([late, sketch(two.adapter(), plan, server.message, weight=0.25)]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_sums_come_from_a_network() -> None:
+    """Read-only, and strided ones alike."""
+    plan = plan_for([CLIENT])
+    vector = secure.first(plan, CLIENT)
+    servers = [Server(plan) for _ in range(3)]
+    servers[0].receive(vector)
+    servers[1].receive(np.frombuffer(vector.tobytes(), dtype=np.uint32))
+    servers[2].receive(np.repeat(vector, 2)[::2])
+    assert servers[0].message == servers[1].message == servers[2].message
+
+
 def test_nothing_takes_a_defence() -> None:
     """Gram-based defences see single updates, secure aggregation hides them: said plainly; there is no way to ask."""
     for call in (Server, sketch, add, Plan, Server.receive, Server.finish):

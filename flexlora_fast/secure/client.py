@@ -51,7 +51,8 @@ def sketch(adapter: Adapter, plan: Plan, broadcast: bytes | None = None, *, weig
         IncompatibleAdapterError: layers or tensors that the plan has not, or of other shapes, or another base model.
         WeightError: no number from 0 to ``max_weight``. ProtocolError: a message that does not fit the plan.
     """
-    stage, bases = (1, {}) if broadcast is None else message.unpack(plan, broadcast)
+    broadcast = message.pack(plan, 1, {}) if broadcast is None else broadcast
+    stage, bases = message.unpack(plan, broadcast)
     try:
         _check(adapter, plan, weight)
         share = _share(adapter, float(weight))
@@ -62,6 +63,9 @@ def sketch(adapter: Adapter, plan: Plan, broadcast: bytes | None = None, *, weig
         for name, group in parts:
             operator = _operator(adapter, name, float(weight), factor) if name in own else None
             for segment, into in group:
+                if segment.kind == "agreed":
+                    into[:] = message.mark(plan, broadcast)
+                    continue
                 values = _values(segment, adapter, plan, operator, bases, float(weight), factor)
                 if values is not None:
                     encode(values, segment, into)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 
@@ -24,6 +25,15 @@ def pack(plan: Plan, stage: int, bases: Mapping[str, Tensor]) -> bytes:
     tensors["stage"] = torch.tensor([stage])
     tensors["plan"] = torch.frombuffer(bytearray(plan.digest), dtype=torch.uint8)
     return safetensors.torch.save(tensors)
+
+
+def mark(plan: Plan, message: bytes) -> int:
+    """A number modulo M that depends on every bit of the plan and the message.
+
+    Each client adds it, so that the server sees in a sum of k of them whether it is k times its own: a client that has
+    another plan or an older message would spoil the sum otherwise, and nobody could tell.
+    """
+    return int.from_bytes(hashlib.sha256(plan.digest + message).digest()[: plan.bits // 8], "little")
 
 
 def unpack(plan: Plan, message: bytes) -> tuple[int, dict[str, Tensor]]:

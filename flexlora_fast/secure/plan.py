@@ -32,7 +32,7 @@ CORE = 4
 HEADROOM = 1 + 2.0**-10
 _FEWEST_LEVELS = 1 << 16
 _MOST_LEVELS = 1 << 52  # integers beyond 2⁵³ are no float64
-_LONGEST = 1 << 32  # entries of a vector
+_LONGEST = 1 << 31  # entries of a vector
 _LIMITS = (1e-30, 1e30)  # of clip, max_weight and extra_bound: quanta and sums stay far from the ends of float64
 
 
@@ -54,8 +54,9 @@ class Options(TypedDict, total=False):
 class Segment:
     """A run of entries of a client's vector: a tensor whose values are integers times ``quantum``.
 
-    ``kind``: "clients" (each counts 1), "weight", "right" (ΔW·W), "left" (ΔWᵀ·W), "core" and "probes" (Φᵀ·ΔW·Ψ),
-    "whole" (ΔW itself), "bias" (s·b), "extra" (w·t of another tensor) and "share" (the weight of clients that have it).
+    ``kind``: "clients" (each counts 1), "agreed" (what all must add alike, see ``message.mark``), "weight", "right"
+    (ΔW·W), "left" (ΔWᵀ·W), "core" and "probes" (Φᵀ·ΔW·Ψ), "whole" (ΔW itself), "bias" (s·b), "extra" (w·t of another
+    tensor) and "share" (the weight of clients that have it).
     ``name``: the layer, or the key of the extra.
     """
 
@@ -206,7 +207,7 @@ class Plan:
 
     def _segments(self, stage: int, last: bool) -> list[Segment]:
         unit, weight = self.quantum(self.clip), self.quantum(self.max_weight)
-        found = [Segment("clients", "", (1,), 1.0)]
+        found = [Segment("clients", "", (1,), 1.0), Segment("agreed", "", (1,), 1.0)]
         for spec in self.layers:
             E, m, n, k = spec.experts, spec.m, spec.n, self.width
             if self.dense(spec):

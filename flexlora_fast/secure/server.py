@@ -9,6 +9,7 @@ both smaller and better than the two of "Practical sketching algorithms" (arXiv 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,15 +65,16 @@ class Server:
 
         Raises:
             ProtocolError: another length or dtype, a sum of more clients than the plan has room for (it may have
-                wrapped), or one after the last. EmptyRoundError: of no client. WeightError: weights that sum to zero.
+                wrapped), of one that had another plan or message, or one after the last. EmptyRoundError: of no client.
+                WeightError: weights that sum to zero.
         """
         if self.done:
             raise ProtocolError(f"all {self._stage} sums are there; call finish()")
         check(total, self.plan, self._stage, "the sum")
-        sums: Sums = {
-            (segment.kind, segment.name): decode(part, segment)
-            for segment, part in split(total, self.plan.stages[self._stage - 1])
-        }
+        parts = list(
+            split(np.array(total), self.plan.stages[self._stage - 1])
+        )  # a copy: it may be read-only, or strided
+        sums: Sums = {(segment.kind, segment.name): decode(part, segment) for segment, part in parts}
         count = int(sums["clients", ""])
         if count == 0:
             raise EmptyRoundError(f"the sum of round {self._stage} is of no client")
@@ -80,6 +82,12 @@ class Server:
             raise ProtocolError(
                 f"the sum says it is of {count} clients, this plan has room for {self.plan.clients}; it is no sum of "
                 "this round's sketches, or plan for more clients"
+            )
+        agreed = next(int(part[0]) for segment, part in parts if segment.kind == "agreed")
+        if agreed != count * message.mark(self.plan, self.message) % (1 << self.plan.bits):
+            raise ProtocolError(
+                f"not all {count} clients of the sum had this plan and the message of round {self._stage}; give all of "
+                "them the same, and sum up again"
             )
         if self._stage < len(self.plan.stages):
             specs = [spec for spec in self.plan.layers if not self.plan.dense(spec)]
