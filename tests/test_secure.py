@@ -140,15 +140,16 @@ def test_lora_bias_and_integer_tensors() -> None:
     clients = []
     for i, c in enumerate(mixed()):
         bias = {layer.name: torch.linspace(-1, i, layer.m) for layer in WIDE}
-        extras = {"norm.count": torch.tensor([i, 7])}
+        extras = {"norm.count": torch.tensor([i, 7]), "norm.steps": torch.tensor(i), "none": torch.zeros(0, 3)}
         clients.append(c.but(bias=bias, extras=extras, config=c.config | {"lora_bias": True}))
     plan = plan_for(clients, rank=14, extra_bound=7, bits=64)
     update = run(plan, clients)
     plain = ff.aggregate([c.adapter() for c in clients], [c.weight for c in clients])
     for layer in update:
         assert torch.allclose(update[layer].bias, plain[layer].bias, atol=1e-6)  # type: ignore[arg-type]
-    key = "base_model.model.norm.count"
-    assert torch.equal(update.extras[key], plain.extras[key])
+    assert list(update.extras) == list(plain.extras) and len(plain.extras) == 3
+    assert all(torch.equal(update.extras[key], plain.extras[key]) for key in plain.extras)
+    assert Plan.from_json(plan.to_json()) == plan
     assert torch.allclose(
         update.adapter(rank=3).lora_bias(WIDE[0].name), plain.adapter(rank=3).lora_bias(WIDE[0].name), atol=1e-6
     )

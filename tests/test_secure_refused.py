@@ -121,6 +121,7 @@ HOSTILE = [
     edited(__a_shape_tail=[1, 2]),
     edited(__name=None),
     edited(__extra=1),
+    edited(__pattern_name="\ud800"),
     edited(rank=1 << 19, __m=1 << 20, __n=1 << 20),
 ]
 

@@ -44,7 +44,8 @@ def sketch(adapter: Adapter, plan: Plan, broadcast: bytes | None = None, *, weig
     between badly balanced columns cannot break this, since M, whose norm is taken, already holds what cancelled. What
     rounding adds is within the plan's headroom of 2⁻¹⁰.
 
-    Cost: a QR of each factor twice, 8·(m+n)·r² flops, and 2·(m+n)·r·width for a sketch; memory: the vector and a layer.
+    Cost: a QR of each factor twice, 8·(m+n)·r² flops, and 2·(m+n)·r·width for a sketch. Memory: the vector, the message
+    and one layer.
 
     Raises:
         AdapterError: NaN or infinite values, an update beyond float64, other tensors beyond ``extra_bound``.
@@ -167,7 +168,8 @@ def _check_extra(key: str, adapter: Adapter, plan: Plan) -> None:
         raise IncompatibleAdapterError(
             f"its tensor {key!r} of shape {shape} does not fit the plan: {there}; train what the round averages"
         )
-    largest = float(adapter.extras[key].double().abs().max())
+    values = adapter.extras[key].double()
+    largest = float(values.abs().max()) if values.numel() else 0.0
     if largest > (plan.extra_bound or 0.0):
         raise AdapterError(
             f"{key!r} holds values up to {largest:.4g}, the plan has room for {plan.extra_bound:g}; leave this client "

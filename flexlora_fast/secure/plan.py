@@ -82,7 +82,8 @@ class Plan:
         clients: the most that take part. The modulus is divided among them.
         clip: C > 0. A client shortens its w·ΔW, jointly over all layers (and s·b of ``lora_bias``), to
             ‖w·s·B·A‖_F ≤ C. Everything is coded in steps of C, so choose the largest norm that honest clients have, or
-            somewhat more, not a thousand times as much.
+            somewhat more, not a thousand times as much. It bounds what one client can move the sum by, which is the
+            sensitivity that differential privacy goes by.
         rounds: how many sums are taken. 1: one-round. 2: two-round (range, projection). 3, 4, …: with 1, 2, … half
             power steps; so 4 is two-round with one power step.
         oversample: columns beyond R; default 8, with ``rounds=1`` R + 1.

@@ -55,7 +55,9 @@ def parse(text: str) -> Plan:
         document["extras"] = {key: _form(*parts) for key, parts in document["extras"].items()}
         if configs.normalize(document["config"]) != document["config"]:
             raise ValueError("its config is not normalised")
-        return Plan(**document)
+        plan = Plan(**document)
+        plan.digest.hex()  # raises for names that are no Unicode: they have no bytes to digest
+        return plan
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         what = error.message if isinstance(error, FlexLoRAError) else shown(str(error))
         raise ProtocolError(
@@ -85,13 +87,13 @@ def _spec(fields: Any) -> LayerSpec:
 
 
 def _form(shape: Any, dtype: Any) -> Form:
-    return Form(_shape(shape), _DTYPES[dtype])
+    return Form(_shape(shape, least=0), _DTYPES[dtype])
 
 
-def _shape(sides: list[Any]) -> tuple[int, ...]:
+def _shape(sides: list[Any], least: int = 1) -> tuple[int, ...]:
     size = 1
     for side in sides:
-        if type(side) is not int or side < 1:
+        if type(side) is not int or side < least:
             raise ValueError(f"a shape is {shown(sides)}")
         size *= side
         if size > _LARGEST:

@@ -42,6 +42,7 @@ class Server:
         self._template = template(plan)
         self._stage = 1
         self._bases: dict[str, Tensor] = {}
+        self._message = message.pack(plan, 1, {})
         self._sums: Sums | None = None
 
     @property
@@ -57,7 +58,7 @@ class Server:
     @property
     def message(self) -> bytes:
         """What every client gets before this round: its number and, but in the first, a basis (float32) by layer."""
-        return message.pack(self.plan, self._stage, self._bases)
+        return self._message
 
     @full_precision()
     def receive(self, total: Vector) -> None:
@@ -84,7 +85,7 @@ class Server:
                 "this round's sketches, or plan for more clients"
             )
         agreed = next(int(part[0]) for segment, part in parts if segment.kind == "agreed")
-        if agreed != count * message.mark(self.plan, self.message) % (1 << self.plan.bits):
+        if agreed != count * message.mark(self.plan, self._message) % (1 << self.plan.bits):
             raise ProtocolError(
                 f"not all {count} clients of the sum had this plan and the message of round {self._stage}; give all of "
                 "them the same, and sum up again"
@@ -94,6 +95,7 @@ class Server:
             kind = "right" if self._stage % 2 else "left"
             self._bases = {spec.name: _basis(sums[kind, spec.name]) for spec in specs}
             self._stage += 1
+            self._message = message.pack(self.plan, self._stage, self._bases)
             return
         if not float(sums["weight", ""]) > 0:
             raise WeightError("the weights of the round sum to zero; a round needs a client of positive weight")
