@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import flexlora_fast as ff
-from flexlora_fast.secure import Plan, Server, add, sketch
+from flexlora_fast.secure import Plan, Server, add, matrices, message, sketch
+from flexlora_fast.secure.encoding import decode, split
 from tests import oracle, rounds, secure
 from tests.rounds import DTYPES, MODELS, Layer
 from tests.secure import ROUNDS, WIDE, mixed, off, plan_for, run
@@ -279,3 +280,26 @@ def test_a_plan_of_a_policy() -> None:
     policy = ff.RoundPolicy.from_adapter(clients[0].adapter(), ranks=range(1, 9))
     options = {"rank": 4, "clients": 20, "clip": 50.0}
     assert Plan.from_policy(policy, **options) == Plan.from_adapter(clients[0].adapter(), **options)
+
+
+def test_what_a_single_dropout_between_rounds_tells_the_server() -> None:
+    """The documented gap: of a client that alone drops out after round 1 the server knows Qᵀ·ΔW·Ω."""
+    clients = [c.but(weight=1.0) for c in mixed()]
+    plan = plan_for(clients, rounds=2, bits=64)
+    server, name = Server(plan), WIDE[0].name
+    first = add(sketch(c.adapter(), plan) for c in clients)
+    server.receive(first)
+    _, bases = message.unpack(plan, server.message)
+    second = add(sketch(c.adapter(), plan, server.message) for c in clients[1:])
+    Q, omega = bases[name][0].double(), matrices.right(plan, next(s for s in plan.layers if s.name == name))[0]
+    known = Q.T @ part(plan, 1, first, name) - part(plan, 2, second, name).T @ omega
+    gone = Q.T @ torch.from_numpy(oracle.product(clients[0], name)[0]) @ omega
+    assert torch.allclose(known, gone, atol=1e-9 * float(gone.norm()))
+
+
+def part(plan: Plan, stage: int, total: np.ndarray, layer: str) -> torch.Tensor:
+    """A layer's product in a summed vector."""
+    for segment, run_of_it in split(total, plan.stages[stage - 1]):
+        if (segment.kind, segment.name) == (("right", "left")[stage - 1], layer):
+            return decode(run_of_it, segment)[0]
+    raise AssertionError(f"round {stage} has nothing of {layer!r}")

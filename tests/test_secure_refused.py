@@ -296,6 +296,6 @@ def test_nothing_takes_a_defence() -> None:
         assert not {"defence", "policy"} & set(inspect.signature(call).parameters)
     with pytest.raises(TypeError, match="defence"):
         Server(plan_for([CLIENT]), defence="krum")  # type: ignore[call-arg]
-    with pytest.raises(TypeError):
+    with pytest.raises(AdapterError, match=r"sums go to secure.Server, which takes no defence and no policy"):
         ff.Aggregator(defence="krum").add(secure.first(plan_for([CLIENT]), CLIENT), client="c")  # type: ignore[arg-type]
     assert "cannot be combined with secure aggregation" in " ".join((ff.secure.__doc__ or "").split())

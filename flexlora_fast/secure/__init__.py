@@ -13,6 +13,10 @@ further round is half a power step; ``rounds=1`` recovers ΔW from three sketche
 Nothing here takes a ``defence`` or a policy's bounds, and ``Aggregator`` takes no sums. What is left against a hostile
 client is what the client's own software does (``Plan.clip``), and whatever proofs of norms the summing protocol offers.
 
+**What several rounds reveal**: sums over sets of clients that differ by one client differ by that client's part. Where
+a single one drops out between two summed rounds, the server, which knows Qᵀ·ΣΔW·Ω of both sets, knows Qᵀ·ΔW·Ω of it.
+``rounds=1`` takes all that it needs in one sum.
+
 Source of the sketches: see ``secure.server``.
 
 >>> import torch, flexlora_fast as ff

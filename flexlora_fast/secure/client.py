@@ -182,16 +182,11 @@ def _share(adapter: Adapter, weight: float) -> float:
     norms = []
     for layer in adapter.layers:
         scale = weight * adapter.scale(layer)
-        R1, R2 = (torch.linalg.qr(X.double().cpu(), mode="r")[1] for X in _tall(adapter, layer))
+        A, B, bias = adapter.factors_and_bias(layer)
+        R1, R2 = (torch.linalg.qr(X.double().cpu(), mode="r")[1] for X in (B, A.mT))
         norms.append(float(torch.linalg.vector_norm(scale * (R1 @ R2.mT))))
-        bias = adapter.lora_bias(layer)
         if bias is not None:
             norms.append(float(torch.linalg.vector_norm(scale * bias.double())))
         if not math.isfinite(sum(norms)):
             raise AdapterError("‖w·s·B·A‖_F is beyond float64; leave this client out", layer=layer)
     return math.hypot(*norms)
-
-
-def _tall(adapter: Adapter, layer: str) -> tuple[Tensor, Tensor]:
-    A, B = adapter.factors(layer)
-    return B, A.mT

@@ -72,9 +72,8 @@ class Server:
         if self.done:
             raise ProtocolError(f"all {self._stage} sums are there; call finish()")
         check(total, self.plan, self._stage, "the sum")
-        parts = list(
-            split(np.array(total), self.plan.stages[self._stage - 1])
-        )  # a copy: it may be read-only, or strided
+        total = np.array(total)  # a copy: it may be read-only, or strided
+        parts = list(split(total, self.plan.stages[self._stage - 1]))
         sums: Sums = {(segment.kind, segment.name): decode(part, segment) for segment, part in parts}
         count = int(sums["clients", ""])
         if count == 0:
