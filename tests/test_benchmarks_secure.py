@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks import secure
 from benchmarks.workloads import Workload
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """The benchmark takes one thread for its whole process, which goes on to other tests."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def test_errors_are_ratios_to_the_best() -> None:
@@ -23,6 +35,16 @@ def test_the_float_twin_is_the_coded_protocol_without_rounding() -> None:
         plan = secure.plan_of(clients, 4, rounds=count, bits=64)
         (B, A), (B2, A2) = secure.floating(plan, clients), secure.through(plan, clients)
         assert torch.allclose(B @ A, B2.double() @ A2.double(), atol=1e-6 * float(delta.norm()))
+
+
+def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but the times, which take a process of their own."""
+    monkeypatch.setattr(secure, "times", lambda *_: (["", "all rounds"], [["two-round", "1 s"]]))
+    monkeypatch.setattr(sys, "argv", ["secure", "--quick", "--out", str(tmp_path / "out.md")])
+    secure.main()
+    told = capsys.readouterr().out
+    assert (tmp_path / "out.md").read_text(encoding="utf-8") == told
+    assert "(the worst of all above) | yes |" in told and "| two-round | 1 s |" in told
 
 
 def test_bytes() -> None:

@@ -69,6 +69,7 @@ def test_a_plan_is_read_back_as_it_was(options: dict[str, Any]) -> None:
         ({"max_weight": -1.0}, "max_weight is -1.0"),
         ({"extra_bound": None}, "extra_bound is missing, but 'base_model.model.head.weight'"),
         ({"bits": 16}, "bits is 16; give 32 or 64"),
+        ({"bits": 32.0}, "bits is 32.0"),
         ({"seed": 1 << 70}, "seed is"),
     ],
 )

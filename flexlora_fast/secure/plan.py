@@ -241,7 +241,7 @@ class Plan:
                 raise OptionError(f"{name} is {value!r}; give an integer from {low} to {high}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not abs(self.seed) < 1 << 64:
             raise OptionError(f"seed is {self.seed!r}; give an integer of at most 64 bits")
-        if self.bits not in (32, 64):
+        if type(self.bits) is not int or self.bits not in (32, 64):
             raise OptionError(f"bits is {self.bits!r}; give 32 or 64")
         if self.extras and self.extra_bound is None:
             raise OptionError(
