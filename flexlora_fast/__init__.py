@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from flexlora_fast import defence, errors, methods
+from flexlora_fast import defence, errors, methods, secure
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.gate import RoundPolicy
@@ -27,4 +27,5 @@ __all__ = [
     "defence",
     "errors",
     "methods",
+    "secure",
 ]

@@ -89,6 +89,12 @@ class OptionError(FlexLoRAError, ValueError):
     """An unknown method, solver, split or other option."""
 
 
+class ProtocolError(FlexLoRAError, ValueError):
+    """A plan, message or sum of secure aggregation that is malformed, or comes out of turn."""
+
+    code = "protocol"
+
+
 class BackendError(FlexLoRAError, RuntimeError):
     """A backend or device that was asked for by name and cannot run here."""
 

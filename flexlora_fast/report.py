@@ -167,13 +167,17 @@ class Report:
         """One line on the whole round."""
         solvers = ", ".join(f"{name} {count}" for name, count in sorted(self.update.solvers().items()))
         worst = max((row["excess"] or 0.0 for row in self.rows), default=0.0)
+        excess = f"excess up to {number(worst)}" if worst else "exact"
+        if any(row["excess"] is None for row in self.rows):  # not known, or infinite
+            excess = "excess not known"
+        clients = f", {count(len(self.clients), 'client')}" if self.clients else ""  # sums name nobody
         kept = ", ".join(f"{percent(share)} at rank {rank}" for rank, share in self._columns(self.total["energy_kept"]))
         refused = f" ({len(self.refused)} refused)" if self.refused else ""
         defended = f"; defence {self.update.defence}{tally(self.update.verdicts)}" if self.update.defence else ""
         return (
-            f"{count(len(self.rows), 'layer')}, {count(len(self.clients), 'client')}{refused}; "
+            f"{count(len(self.rows), 'layer')}{clients}{refused}; "
             f"method {self.update.method}{defended}; solved by {solvers or 'none'} "
-            f"({f'excess up to {number(worst)}' if worst else 'exact'}); "
+            f"({excess}); "
             f"‖ΔW‖_F {number(self.total['norm'])} in all; energy kept: {kept or '–'}"
         )
 
@@ -226,7 +230,7 @@ class Report:
                     number(row["norm"]),
                     *(percent(row["energy_kept"][rank]) for rank in ranks),
                     f"{row['solver']} ({row['iterations']})" if row["iterations"] else row["solver"],
-                    number(row["excess"]) if row["excess"] else "exact",
+                    "exact" if row["excess"] == 0 else number(row["excess"]),
                 ]
                 for row in rows
             ],

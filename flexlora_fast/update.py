@@ -63,7 +63,7 @@ class LayerUpdate:
     Attributes:
         spec: names and shapes of the layer.
         factorization: U (E, m, k), S (E, k), V (E, n, k), energy (E,); E is 1 but for MoE experts.
-        total_rank: R, the sum of the clients' ranks in this layer.
+        total_rank: R, the sum of the clients' ranks in this layer; min(m, n) where they are secret (``secure``).
         averaged: for methods that average factors (``output = "slice"``), their B̄ (E, m, r) and Ā (E, r, n), whole:
             adapters are then their first columns instead of singular triplets.
         bias: Σ w·s·(lora_B.bias) (m,), where clients train one.
@@ -298,6 +298,9 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
         for record in self.clients:
             if record.name == name:
                 return record
+        if not self.clients:
+            what = f"this update knows no clients ({self.method}); give rank= or config= of the one to be served"
+            raise AdapterError(what, client=name)
         known = ", ".join(repr(record.name) for record in self.clients[:5])
         raise AdapterError(f"no such client in this round; it has {len(self.clients)}: {known} …", client=name)
 

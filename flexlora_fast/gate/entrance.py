@@ -7,6 +7,8 @@ import shutil
 import tempfile
 import weakref
 
+import numpy as np
+
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import AdapterError, OptionError
 from flexlora_fast.gate.policy import RoundPolicy, discard
@@ -35,6 +37,11 @@ class Entrance:
 
         Raises ``AdapterError``, with a policy ``RefusedError``.
         """
+        if isinstance(source, np.ndarray):
+            raise AdapterError(
+                "an array is no adapter; sketches and their sums go to secure.Server, which takes no defence and no "
+                "policy: those judge single updates, and secure aggregation hides them"
+            )
         if self.policy is None or self._quota is None:
             if isinstance(source, bytes):
                 raise AdapterError("bytes do not tell their scales; give the round a policy, or an Adapter")
