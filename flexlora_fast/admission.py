@@ -14,16 +14,23 @@ from flexlora_fast.adapter import Adapter
 from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError, IncompatibleAdapterError, WeightError
 from flexlora_fast.layouts import LayerSpec
+from flexlora_fast.skeleton import Skeleton
 
 
 class Admission:
-    """What the clients of a round have settled, and the checks that each next one must pass."""
+    """What the clients of a round have settled, and the checks that each next one must pass.
 
-    def __init__(self) -> None:
+    ``reference``: settles all of it instead, so that no client has a say in who else may join.
+    """
+
+    def __init__(self, reference: Skeleton | None = None) -> None:
         self._names: set[str] = set()
         # What the round has settled, and which client settled it.
         self._specs: dict[str, tuple[LayerSpec, str]] = {}
         self._agreed: dict[str, tuple[Any, str]] = {}
+        self._reference = reference
+        if reference is not None:
+            self._settle("the policy", reference)
 
     def check_client(self, name: str, weight: Any) -> None:
         """What can refuse a client before its adapter is looked at.
@@ -46,7 +53,7 @@ class Admission:
                     "all clients of a round must adapt the same base model",
                     layer=layer,
                 )
-        for fact, (value, remedy) in _common_facts(adapter).items():
+        for fact, (value, remedy) in _common_facts(adapter.skeleton).items():
             agreed, first = self._agreed.get(fact, (value, name))
             if value != agreed:
                 raise IncompatibleAdapterError(
@@ -56,9 +63,13 @@ class Admission:
     def accept(self, name: str, adapter: Adapter) -> None:
         """Let a client that passed ``check`` settle what was still open."""
         self._names.add(name)
-        for layer, spec in adapter.skeleton.specs.items():
+        if self._reference is None:
+            self._settle(name, adapter.skeleton)
+
+    def _settle(self, name: str, skeleton: Skeleton) -> None:
+        for layer, spec in skeleton.specs.items():
             self._specs.setdefault(layer, (spec, name))
-        for fact, (value, _) in _common_facts(adapter).items():
+        for fact, (value, _) in _common_facts(skeleton).items():
             self._agreed.setdefault(fact, (value, name))
 
 
@@ -115,11 +126,11 @@ def _describe(spec: LayerSpec) -> str:
     return f"{spec.kind} weight of {spec.m} outputs and {spec.n} inputs{experts}"
 
 
-def _common_facts(adapter: Adapter) -> dict[str, tuple[Any, str]]:
+def _common_facts(skeleton: Skeleton) -> dict[str, tuple[Any, str]]:
     """What all clients of a round must agree about, as far as this one says anything of it: value and remedy."""
-    facts = facts_of(adapter.skeleton.config)
-    for key in adapter.skeleton.extra_keys:
-        shape = adapter.skeleton.forms[key].shape
+    facts = facts_of(skeleton.config)
+    for key in skeleton.extra_keys:
+        shape = skeleton.forms[key].shape
         facts[f"shape of tensor {key!r}"] = (shape, "tensors that are averaged must have one shape")
     return facts
 

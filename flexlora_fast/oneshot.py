@@ -8,11 +8,14 @@ from typing import Literal
 
 import torch
 
+from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.defence import Coordinates, Defence
 from flexlora_fast.errors import WeightError
+from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.gate.entrance import Source
 from flexlora_fast.methods import Method
+from flexlora_fast.privacy import Privacy
 from flexlora_fast.progress import track
 from flexlora_fast.update import GlobalUpdate
 
@@ -34,6 +37,9 @@ def aggregate(
     out: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     defence: str | Defence | Coordinates | None = None,
+    policy: RoundPolicy | None = None,
+    privacy: Privacy | None = None,
+    reference: Adapter | str | os.PathLike[str] | None = None,
 ) -> GlobalUpdate:
     """Aggregate a round of LoRA adapters of any mix of ranks: :class:`Aggregator` fed in a loop.
 
@@ -75,6 +81,9 @@ def aggregate(
         read="finish",
         progress=progress,
         defence=defence,
+        policy=policy,
+        privacy=privacy,
+        reference=reference,
     )
     for option, values in (("weights", weights), ("clients", clients)):
         if values is not None and len(values) != len(adapters):

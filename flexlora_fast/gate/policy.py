@@ -132,6 +132,11 @@ class RoundPolicy:
     # -- what it says ---
 
     @property
+    def skeleton(self) -> Skeleton:
+        """What an adapter of the reference's ranks is apart from its numbers."""
+        return self._reference
+
+    @property
     def specs(self) -> dict[str, LayerSpec]:
         """The expected layers."""
         return dict(self._reference.specs)
