@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class ClientRecord:
     """What the round knows of one accepted client, enough to make its adapter again.
 
-    ``weight`` is its normalised share (in a private round its weight as given); ``ranks`` its rank by layer; ``extras`` the keys of its tensors that are not
-    low-rank pairs; ``dtype`` that of its factors.
+    ``weight`` is its normalised share (in a private round its weight as given); ``ranks`` its rank by layer; ``extras``
+    the keys of its tensors that are not low-rank pairs; ``dtype`` that of its factors.
     """
 
     name: str

@@ -48,32 +48,41 @@ def _epsilon(rounds: tuple[tuple[Charge, int], ...], delta: float) -> float:
     if not rounds:
         return 0.0
     accounting = _library()
-    event = _event(accounting, rounds)
-    sampled = any(charge.rate < 1 for charge, _ in rounds)
-    bound = float(accounting.rdp.RdpAccountant(_ORDERS if sampled else None).compose(event).get_epsilon(delta))
+    bound = _renyi(accounting, rounds, delta)
     if bound > _TIGHT:
         return bound
-    return min(bound, float(accounting.pld.PLDAccountant().compose(event).get_epsilon(delta)))
+    return min(bound, float(accounting.pld.PLDAccountant().compose(_event(accounting, rounds)).get_epsilon(delta)))
+
+
+def _renyi(accounting: Any, rounds: Sequence[tuple[Charge, int]], delta: float) -> float:
+    sampled = any(charge.rate < 1 for charge, _ in rounds)
+    accountant = accounting.rdp.RdpAccountant(_ORDERS if sampled else None)
+    return float(accountant.compose(_event(accounting, rounds)).get_epsilon(delta))
 
 
 def calibrate(target: float, delta: float, rounds: int, rate: float) -> float:
     """The least noise multiplier, to 1e-4 and from above, with which so many rounds cost at most ``target``."""
     accounting = _library()
-    low = 1.0
+
+    def quick(z: float) -> float:  # from above, in milliseconds
+        return _renyi(accounting, [(Charge(z, rate), rounds)], delta)
+
+    high = 1.0
+    while quick(high) > target:
+        high *= 2
+        if high > 2**30:
+            raise PrivacyError(f"no noise gives epsilon {target!r} at delta {delta!r} in {rounds} rounds; ask for more")
+    while quick(high / 2) <= target:
+        high /= 2
+    low = high / 2
     while epsilon([Charge(low, rate)] * rounds, delta) <= target:
         low /= 2
-    while epsilon([Charge(2 * low, rate)] * rounds, delta) > target:
-        low *= 2
-        if low > 2**30:
-            raise PrivacyError(
-                f"no noise gives epsilon {target!r} at delta {delta!r} over {rounds} rounds; ask for more"
-            )
     found = accounting.calibrate_dp_mechanism(
         accounting.pld.PLDAccountant,
         lambda z: _event(accounting, [(Charge(float(z), rate), rounds)]),
         target,
         delta,
-        accounting.ExplicitBracketInterval(low, 2 * low),
+        accounting.ExplicitBracketInterval(low, high),
         tol=1e-4,
     )
     return float(found)

@@ -40,7 +40,7 @@ class Privacy:
 
     >>> privacy = Privacy(clip=0.5, noise_multiplier=1.0, rate=0.01, denominator=100, delta=1e-6)
     >>> round(privacy.epsilon(rounds=1000), 2)
-    2.54
+    2.12
     """
 
     clip: float
