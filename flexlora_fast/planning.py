@@ -153,8 +153,9 @@ def _by_coordinates(
 def _privately(spec: LayerSpec, having: Sequence[tuple[Skeleton, int]], of: Settings) -> LayerPlan:
     """A noised matrix, formed where that takes no more than half of the memory, made by tiles where it would.
 
-    By the layer's shape alone: who came must not show in how it was solved. Forming it is always faster: 1.0 s against
-    16 s at 4096², k = 64, 16 clients of rank 16 (``benchmarks/privacy.py``), since each pass makes all noise again.
+    By the layer's shape alone: who came must not show in how it was solved. Forming it is always faster, since each
+    pass over tiles makes all noise again: of 4096², 0.8 s against 6.5 s (16 clients of rank 16, k = 16), 2.9 s against
+    62 s (100 clients, k = 64; ``benchmarks/results/privacy.md``).
     """
     assert of.private is not None
     full, widest = min(spec.m, spec.n), of.private.widest
@@ -164,14 +165,15 @@ def _privately(spec: LayerSpec, having: Sequence[tuple[Skeleton, int]], of: Sett
     shape = plan.Shape(spec.m, spec.n, full, min(rank, full), of.tol, spec.experts, of.certificate)
     ways = []
     for solver in ("dense", "factored", "subspace"):
-        beside = solving.scratch(spec.m, spec.n, spec.experts, widest, solver == "dense")
+        beside = solving.scratch(spec.m, spec.n, spec.experts, widest)
         ways.append((solver, memory.scratch_noised(solver, shape) + beside))
     fitting = [way for way in ways if 2 * way[1] <= of.room] or [min(ways, key=lambda way: way[1])]
     solver, needs = fitting[0] if of.solver == "auto" else next(way for way in ways if way[0] == of.solver)
     layer = LayerPlan(spec, full, rank, False, nbytes, needs, False, solver)
     if _needs(layer, of) > of.room and solver == "dense":
         piece = memory.piece_bytes(nbytes, total_rank, widest)
-        layer = dataclasses.replace(layer, folded=True, held=piece)
+        summed = solving.sum_bytes(spec.m, spec.n, spec.experts, widest)
+        layer = dataclasses.replace(layer, folded=True, held=piece, scratch=needs + summed)
     if _needs(layer, of) > of.room:
         raise OptionError(
             f"a layer of {spec.m} outputs and {spec.n} inputs needs {memory.show(_needs(layer, of))} in a private "

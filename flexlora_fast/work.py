@@ -229,6 +229,7 @@ class Work:
             key=stream(of.seed, spec.name),
             tol=max(of.tol, FLOAT32_TOL),
             solver=layer.solver,
+            folded=layer.folded,
             device=of.device,
         )
         if spec.name not in release.of.biased:

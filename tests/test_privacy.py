@@ -295,7 +295,7 @@ def test_heads_and_biases_are_noised_whoever_came(tmp_path) -> None:
 
 def test_an_adversary_who_sees_a_round_does_not_tell_who_came() -> None:
     """One client of the largest norm, z = 1, all else known: the best test has TPR − FPR = 2Φ(1/2) − 1 = 0.383, and
-    TPR ≤ e^ε·FPR + δ. Of 2 × 500 rounds the difference is known to 0.03; the bounds are 5 of that away.
+    TPR ≤ e^ε·FPR + δ. Of 2 × 400 rounds the difference is known to 0.03; the bounds are 5 of that away.
     """
     shape = [Layer("fc", 6, 5)]
     target = private.member("t", shape, 2, weight=1.0)
@@ -317,7 +317,7 @@ def test_an_adversary_who_sees_a_round_does_not_tell_who_came() -> None:
     epsilon = privacy(delta=1e-5).epsilon()
     for threshold in np.quantile(scores, [0.5, 0.8, 0.95]):
         tpr, fpr = (scores[1] > threshold).mean(), (scores[0] > threshold).mean()
-        assert tpr <= math.exp(epsilon) * fpr + 1e-5 + 5 * math.sqrt(0.25 / 500)
+        assert tpr <= math.exp(epsilon) * fpr + 1e-5 + 5 * math.sqrt(0.25 / 400)
 
 
 # -- what is refused ---

@@ -71,18 +71,25 @@ def test_sampling_and_noise_help_and_rounds_cost() -> None:
 
 
 def test_calibrated_noise_keeps_the_plan_and_is_the_least() -> None:
-    plan = {"delta": 1e-6, "rate": 0.05, "clip": 1.0, "denominator": 50.0}
-    for target, rounds in ((2.0, 50), (12.0, 3)):
-        made = ff.Privacy.calibrated(epsilon=target, rounds=rounds, **plan)
-        assert made.epsilon(rounds) <= target == made.max_epsilon
-        less = privacy(noise_multiplier=made.noise_multiplier - 1e-3, rate=0.05, delta=1e-6)
-        assert less.epsilon(rounds) > target
+    plan = {"delta": 1e-6, "rate": 1.0, "clip": 1.0, "denominator": 50.0}
+    made = ff.Privacy.calibrated(epsilon=2.0, rounds=3, **plan)
+    assert made.epsilon(rounds=3) <= 2.0 == made.max_epsilon
+    assert gaussian_delta(2.0, (made.noise_multiplier - 2e-3) / math.sqrt(3)) > 1e-6
     for _ in range(3):
         made.ledger.charge(made.charge, made.delta, made.max_epsilon)
-    with pytest.raises(PrivacyError, match="max_epsilon is 12"):
+    with pytest.raises(PrivacyError, match="max_epsilon is 2"):
         private.aggregator(made)
     with pytest.raises(OptionError, match="rounds is 0"):
         ff.Privacy.calibrated(epsilon=1.0, rounds=0, **plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "rounds", "rate"), [(1.0, 20, 0.01), (2.0, 50, 0.05), (8.0, 1000, 0.01)])
+def test_calibration_knows_of_sampling(target: float, rounds: int, rate: float) -> None:
+    given = {"delta": 1e-6, "rate": rate, "clip": 1.0, "denominator": 50.0}
+    made = ff.Privacy.calibrated(epsilon=target, rounds=rounds, **given)
+    less = privacy(noise_multiplier=made.noise_multiplier - 1e-3, rate=rate)
+    assert made.epsilon(rounds) <= target < less.epsilon(rounds)
 
 
 # -- the ledger ---

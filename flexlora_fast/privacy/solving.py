@@ -29,31 +29,44 @@ def tile_rows(n: int) -> int:
     return max(1, TILE // (_ENTRY * n))
 
 
-def scratch(m: int, n: int, batch: int, widest: int, dense: bool) -> int:
-    """Peak bytes of making the noised matrix, beside the factors as they were read and what the solver needs.
+def scratch(m: int, n: int, batch: int, widest: int) -> int:
+    """Peak bytes of making tiles, beside the factors as they were read, the noised matrix and what its solver needs.
 
-    ``widest``: the largest rank of one client. ``dense``: whether the sum is formed, in float64.
+    ``widest``: the largest rank of one client.
     """
-    columns = 2 * 8 * (m + n) * (memory.PIECE_COLUMNS + widest)
-    return _ENTRY * min(m, tile_rows(n)) * n + batch * (columns + 8 * m * n * dense)
+    return _ENTRY * min(m, tile_rows(n)) * n + batch * 16 * n * (memory.PIECE_COLUMNS + widest)
+
+
+def sum_bytes(m: int, n: int, batch: int, widest: int) -> int:
+    """What it takes beside that to sum up whole matrices in float64, for clients that come in pieces."""
+    return batch * (8 * m * n + 16 * m * (memory.PIECE_COLUMNS + widest))
 
 
 def noised_matrix(
-    release: Release, spec: LayerSpec, pieces: Iterable[Sequence[Contribution]], device: torch.device
+    release: Release,
+    spec: LayerSpec,
+    pieces: Iterable[Sequence[Contribution]],
+    device: torch.device,
+    *,
+    folded: bool = False,
 ) -> Tensor:
-    """The noised matrix (E, m, n) float32 of one layer, from pieces of its clients."""
-    total = torch.zeros(spec.experts, spec.m, spec.n, dtype=torch.float64, device=device)
+    """The noised matrix (E, m, n) float32 of one layer, from its clients; ``folded``: they come in several pieces."""
+    D = torch.empty(spec.experts, spec.m, spec.n, dtype=torch.float32, device=device)
+    if not folded:
+        for e, rows, W in Tiles(release, spec, [c for piece in pieces for c in piece], device):
+            D[e, rows] = W
+        return D
+    total = torch.zeros(D.shape, dtype=torch.float64, device=device)
     for contributions in pieces:
         for P, Q in _columns(contributions):
             total.baddbmm_(P, Q)
-    D = torch.empty(total.shape, dtype=torch.float32, device=device)
     for e, rows in _tiles(spec):
         D[e, rows] = release.released(_name(spec, e), total[e, rows], rows.start * spec.n)
     return D
 
 
 class Tiles:
-    """The same matrix, of which only some rows exist at a time."""
+    """The noised matrix, of which only some rows exist at a time."""
 
     def __init__(
         self, release: Release, spec: LayerSpec, contributions: Sequence[Contribution], device: torch.device
@@ -107,17 +120,18 @@ def solve_noised(
     key: int,
     tol: float,
     solver: str,
+    folded: bool,
     device: torch.device,
 ) -> Factorization:
     """The k leading triplets of one layer's noised sum, with the certificate of that.
 
     Args:
-        pieces: the clients' contributions, with clipped scales; all in one piece but for "dense".
+        pieces: the clients' contributions, with clipped scales. folded: whether they are several, for "dense" alone.
         key: of the test matrices, which are public.
         solver: "dense", "factored" or "subspace".
     """
     if solver == "dense":
-        return solve_matrix(noised_matrix(release, spec, pieces, device), k, key, tol)
+        return solve_matrix(noised_matrix(release, spec, pieces, device, folded=folded), k, key, tol)
     contributions = [c for piece in pieces for c in piece]
     return Tiles(release, spec, contributions, device).solve(k, key, tol, solver)
 
@@ -143,6 +157,20 @@ def _columns(
         group.append(c)
         width += c.rank
         if width >= memory.PIECE_COLUMNS or i == len(contributions) - 1:
-            P = torch.cat([(c.weight * c.scale) * c.B[part, rows].double() for c in group], dim=2)
-            yield P, torch.cat([c.A[part].double() for c in group], dim=1)
+            yield _packed(group, width, part, rows)
             group, width = [], 0
+
+
+def _packed(group: Sequence[Contribution], width: int, part: slice, rows: slice) -> tuple[Tensor, Tensor]:
+    """Side by side, without another copy of any."""
+    B, A = group[0].B[part, rows], group[0].A[part]
+    P = B.new_empty(B.shape[0], B.shape[1], width, dtype=torch.float64)
+    Q = A.new_empty(A.shape[0], width, A.shape[2], dtype=torch.float64)
+    lo = 0
+    for c in group:
+        hi = lo + c.rank
+        P[:, :, lo:hi] = c.B[part, rows]
+        P[:, :, lo:hi] *= c.weight * c.scale
+        Q[:, lo:hi] = c.A[part]
+        lo = hi
+    return P, Q
