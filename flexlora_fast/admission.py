@@ -25,7 +25,7 @@ class Admission:
 
     def __init__(self, reference: Skeleton | None = None) -> None:
         self._names: set[str] = set()
-        # What the round has settled, and which client settled it.
+        # What the round has settled, and who did.
         self._specs: dict[str, tuple[LayerSpec, str]] = {}
         self._agreed: dict[str, tuple[Any, str]] = {}
         self._reference = reference
@@ -46,31 +46,29 @@ class Admission:
     def check(self, name: str, adapter: Adapter) -> None:
         """Raise ``IncompatibleAdapterError`` for layers, extras or a config that do not fit those of the round."""
         for layer, spec in adapter.skeleton.specs.items():
-            known, first = self._specs.get(layer, (spec, name))
+            known, first = self._specs.get(layer, (spec, ""))
             if _geometry(spec) != _geometry(known):
                 raise IncompatibleAdapterError(
-                    f"its {_describe(spec)} does not fit the {_describe(known)} of client {first!r}; "
+                    f"its {_describe(spec)} does not fit the {_describe(known)} of {first}; "
                     "all clients of a round must adapt the same base model",
                     layer=layer,
                 )
         for fact, (value, remedy) in _common_facts(adapter.skeleton).items():
-            agreed, first = self._agreed.get(fact, (value, name))
+            agreed, first = self._agreed.get(fact, (value, ""))
             if value != agreed:
-                raise IncompatibleAdapterError(
-                    f"its {fact} is {value!r}, that of client {first!r} is {agreed!r}; {remedy}"
-                )
+                raise IncompatibleAdapterError(f"its {fact} is {value!r}, that of {first} is {agreed!r}; {remedy}")
 
     def accept(self, name: str, adapter: Adapter) -> None:
         """Let a client that passed ``check`` settle what was still open."""
         self._names.add(name)
         if self._reference is None:
-            self._settle(name, adapter.skeleton)
+            self._settle(f"client {name!r}", adapter.skeleton)
 
-    def _settle(self, name: str, skeleton: Skeleton) -> None:
+    def _settle(self, who: str, skeleton: Skeleton) -> None:
         for layer, spec in skeleton.specs.items():
-            self._specs.setdefault(layer, (spec, name))
+            self._specs.setdefault(layer, (spec, who))
         for fact, (value, _) in _common_facts(skeleton).items():
-            self._agreed.setdefault(fact, (value, name))
+            self._agreed.setdefault(fact, (value, who))
 
 
 def check_values(name: str, adapter: Adapter) -> None:

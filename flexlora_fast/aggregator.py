@@ -253,7 +253,7 @@ class Aggregator:
             refused=list(self.refused),
             method=self.method.name,
             seed=self.seed,
-            template=finishing.template(clients) if self._private is None else self._private.config,
+            template=finishing.template(clients) if self._private is None else dict(self._private.config),
             seconds={"collect": time.perf_counter() - self._started},
             defence=None if self.defence is None else str(self.defence),
             verdicts=verdicts,

@@ -213,6 +213,8 @@ def test_samples_are_of_the_rate_and_independent() -> None:
         assert abs(size - expected) < 6 * math.sqrt(expected)  # 2e-9 of failing by chance
     assert privacy(rate=1.0).sample(names) == names and privacy(rate=1e-12).sample(["a"]) == []
     assert of.sample([]) == []
+    with pytest.raises(OptionError, match="'b' is in the population 2 times"):
+        of.sample(["a", "b", "b"])
 
 
 @pytest.mark.parametrize("name", ["dp_accounting", "cryptography.hazmat.primitives.ciphers"])

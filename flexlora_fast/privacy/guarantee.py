@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -59,6 +60,9 @@ class Privacy:
         self._check("noise_multiplier", self.noise_multiplier, _LEAST, _MOST, "about 1 is usual")
         self._check("rate", self.rate, 0, 1, "the probability that a client takes part; 1 where all do")
         self._check("denominator", self.denominator, _LEAST, _MOST, "the expected total weight of a round")
+        sigma = self.noise_multiplier * self.clip / self.denominator
+        if not _LEAST < sigma < _MOST:
+            raise OptionError(f"the noise of the mean, z·C/D, is {sigma:.3g}, which float32 cannot hold; scale clip")
         self._check("delta", self.delta, 0, 1 - 2**-53, "well below 1/population, such as 1e-6")
         if not isinstance(self.ledger, Ledger):
             raise OptionError(f"ledger is {self.ledger!r}; give a flexlora_fast.privacy.Ledger")
@@ -110,9 +114,14 @@ class Privacy:
 
         The draw is as secret as the noise: who was taken must not be published. Nobody may be, and that is a round like
         any other. A client that does not answer, or is refused, counts as not taken.
+
+        Raises ``OptionError`` for a name that comes twice, and would have twice the chance.
         """
+        names = list(population)
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise OptionError(f"{twice[0]!r} is in the population {names.count(twice[0])} times; give each client once")
         draw = secrets.SystemRandom().random
-        return [name for name in population if draw() < self.rate]
+        return [name for name in names if draw() < self.rate]
 
 
 @dataclass(frozen=True)
