@@ -30,7 +30,12 @@ print(json.dumps([peak() - before, plan.scratch, plan.folded, update["fc"].solve
 
 @pytest.mark.parametrize(
     ("solver", "limit", "clients"),
-    [("dense", "1GiB", 20), ("dense", "200MiB", 80), ("factored", "1GiB", 20), ("subspace", "1GiB", 20)],
+    [
+        pytest.param("dense", "1GiB", 20, marks=pytest.mark.slow),
+        ("dense", "200MiB", 80),
+        ("factored", "1GiB", 20),
+        pytest.param("subspace", "1GiB", 20, marks=pytest.mark.slow),
+    ],
 )
 def test_the_model_is_a_little_above_the_truth(solver: str, limit: str, clients: int) -> None:
     """80 clients of 1.8 MB do not fit 200 MiB together."""

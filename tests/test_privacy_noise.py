@@ -140,7 +140,7 @@ def test_layers_experts_and_rounds_have_noise_of_their_own() -> None:
     assert off < 6 / math.sqrt(rows.shape[1])  # of 28 pairs; keys are fresh here: 6e-8 of failing by chance
 
 
-@pytest.mark.parametrize("tile", [1, 3 * 40 * 31, 10**9])
+@pytest.mark.parametrize("tile", [1, 3 * 64 * 31, 10**9])
 def test_the_order_and_size_of_tiles_change_nothing(fixed_key: None, monkeypatch, tile: int) -> None:
     """Of a matrix with an odd number of columns, whose rows begin inside blocks."""
     clients = private.members(3, [private.Layer("fc", 17, 31)])
@@ -152,7 +152,7 @@ def test_the_order_and_size_of_tiles_change_nothing(fixed_key: None, monkeypatch
 
 
 def test_products_by_tiles_are_those_of_the_matrix(fixed_key: None, monkeypatch) -> None:
-    monkeypatch.setattr(solving, "TILE", 40 * 29 * 5)
+    monkeypatch.setattr(solving, "TILE", 64 * 29 * 5)
     shape, cpu = spec(23, 29, experts=2), torch.device("cpu")
     release = opened([private.Layer("fc", 23, 29)])
     D = solving.noised_matrix(release, shape, [], cpu)

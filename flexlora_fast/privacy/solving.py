@@ -20,8 +20,9 @@ from flexlora_fast.lowrank.krylov import Operator, block_krylov, product
 from flexlora_fast.methods import Contribution
 from flexlora_fast.privacy.mechanism import Release
 
-# Bytes for the rows of a tile, and what each entry takes of them: the sum, noise, and what that is made from.
-TILE, _ENTRY = 32 * 1024**2, 40
+# Bytes for the rows of a tile, and what each entry takes of them: the sum, noise, the tile before, a product's copy,
+# and as much again that lies idle between allocations.
+TILE, _ENTRY = 32 * 1024**2, 64
 
 
 def tile_rows(n: int) -> int:
