@@ -51,13 +51,18 @@ def _epsilon(rounds: tuple[tuple[Charge, int], ...], delta: float) -> float:
     bound = _renyi(accounting, rounds, delta)
     if bound > _TIGHT:
         return bound
-    return min(bound, float(accounting.pld.PLDAccountant().compose(_event(accounting, rounds)).get_epsilon(delta)))
+    return min(bound, float(_tight(accounting).compose(_event(accounting, rounds)).get_epsilon(delta)))
 
 
 def _renyi(accounting: Any, rounds: Sequence[tuple[Charge, int]], delta: float) -> float:
     sampled = any(charge.rate < 1 for charge, _ in rounds)
-    accountant = accounting.rdp.RdpAccountant(_ORDERS if sampled else None)
+    relation = accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = accounting.rdp.RdpAccountant(_ORDERS if sampled else None, relation)
     return float(accountant.compose(_event(accounting, rounds)).get_epsilon(delta))
+
+
+def _tight(accounting: Any) -> Any:
+    return accounting.pld.PLDAccountant(accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
 
 
 def calibrate(target: float, delta: float, rounds: int, rate: float) -> float:
@@ -78,7 +83,7 @@ def calibrate(target: float, delta: float, rounds: int, rate: float) -> float:
     while epsilon([Charge(low, rate)] * rounds, delta) <= target:
         low /= 2
     found = accounting.calibrate_dp_mechanism(
-        accounting.pld.PLDAccountant,
+        lambda: _tight(accounting),
         lambda z: _event(accounting, [(Charge(float(z), rate), rounds)]),
         target,
         delta,
