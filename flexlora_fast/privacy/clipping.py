@@ -12,8 +12,8 @@ from flexlora_fast.precision import full_precision
 
 # Of β = s·Σ_j ‖b_j‖·‖a_j‖, what is added to ‖s·B·A‖_F (at a right angle). Columns may be long and cancel: then float64
 # knows neither the norm nor the sum as well as the numbers look. With it no client's columns are more than 1e4 times as
-# long as what it may add, and rounding stays a ten-thousandth part of ``mechanism.MARGIN``. Of an ordinary update it
-# takes 1e-8·(β/‖s·B·A‖_F)²/2, such as 3e-7 of one of rank 64.
+# long as what it may add, so that what sums of 10,000 columns round by stays a fiftieth of ``mechanism.MARGIN``. Of an
+# ordinary update it takes 1e-8·(β/‖s·B·A‖_F)²/2, such as 3e-7 of one of rank 64.
 _CANCELLED = 1e-4
 _CHUNK = 1 << 20  # entries of a tensor at a time
 
