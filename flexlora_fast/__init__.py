@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
-from flexlora_fast import defence, errors, methods, secure
+from flexlora_fast import defence, errors, methods, privacy, secure
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.oneshot import aggregate
+from flexlora_fast.privacy import Privacy
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
 __version__ = "0.1.0"
@@ -21,11 +22,13 @@ __all__ = [
     "ClientRecord",
     "GlobalUpdate",
     "LayerUpdate",
+    "Privacy",
     "Refusal",
     "RoundPolicy",
     "aggregate",
     "defence",
     "errors",
     "methods",
+    "privacy",
     "secure",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -33,6 +34,7 @@ from flexlora_fast.lowrank import plan
 from flexlora_fast.methods import Method
 from flexlora_fast.planning import Settings
 from flexlora_fast.precision import full_precision
+from flexlora_fast.privacy import Privacy, mechanism
 from flexlora_fast.resident import Resident
 from flexlora_fast.stored import Stored
 from flexlora_fast.update import GlobalUpdate, Refusal
@@ -79,6 +81,12 @@ class Aggregator:
             it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones. The rules
             "median" and "trimmed-mean" take each entry of the dense updates by itself instead, tile by tile, with
             solver "dense" whatever ``solver`` says; they give no verdicts.
+        privacy: client-level differential privacy: a noised sum of clipped updates over a public denominator. Needs a
+            ``policy`` and a ``rank``, takes weights of 0 to 1, and no defence: whatever would let one client change how
+            others count is refused. Noise is secret and has nothing to do with ``seed``. ``agg.clients`` and
+            ``agg.refused`` are the server's; adapters of the update may go out.
+        reference: in a private round whose policy has heads or other tensors that are no low-rank pairs, an adapter (or
+            its folder) with the values that clients started from.
 
     >>> import torch, flexlora_fast as ff
     >>> agg = ff.Aggregator(rank=2)
@@ -108,6 +116,8 @@ class Aggregator:
         spool: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
         defence: str | Defence | Coordinates | None = None,
+        privacy: Privacy | None = None,
+        reference: Adapter | str | os.PathLike[str] | None = None,
     ) -> None:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise RankError(f"rank is {rank!r}; give an integer ≥ 1, or None for the largest that clients send")
@@ -131,9 +141,11 @@ class Aggregator:
                 f"defence {self.defence.name!r} takes the place of the sum over clients, which method "
                 f"{self.method.name!r} has not; use method 'flexlora', or another rule"
             )
+        summed = mechanism.Summed(rank, self.method, self.solver, missing, self.defence)
+        self._private = mechanism.of_round(privacy, policy, reference, summed)
         self.refused: list[Refusal] = []
         self._clients: dict[str, Client] = {}
-        self._admission = Admission()
+        self._admission = self._fresh_admission()
         self._kept = 0  # bytes of tensors from files
         self._grams = self._gram_table()
         kernels = self.device.type == "cuda" and obstacle() is None
@@ -178,12 +190,15 @@ class Aggregator:
         try:
             check_name(name)
             self._admission.check_client(name, weight)
+            if self._private is not None:
+                self._private.check_weight(weight)
             source = self._entrance.take(adapter, name, weight)
             try:
                 self._admission.check(name, source)
                 held = self._kept_if_room(source) if self.read == "add" else source
                 if self.read == "add" and self.policy is None:
                     check_values(name, held)
+                factor = 1.0 if self._private is None else self._private.factor(held, float(weight))
             except AdapterError:
                 self._entrance.drop(source)
                 raise
@@ -192,7 +207,7 @@ class Aggregator:
             self.refused.append(Refusal(str(name), str(error), error.code))
             raise
         checked = self.read == "add" or self.policy is not None
-        self._clients[name] = Client(name, held, float(weight), source, checked=checked)
+        self._clients[name] = Client(name, held, float(weight), source, checked=checked, factor=factor)
         self._kept += held.skeleton.nbytes if held is not source else 0
         self._admission.accept(name, source)
         if self._resident is not None:
@@ -214,11 +229,15 @@ class Aggregator:
         Raises:
             EmptyRoundError: no client was accepted, or the defence rejects all. WeightError: all weights are zero.
             OptionError: a layer that does not fit ``memory_limit`` in any way, before anything is computed.
+            PrivacyError: the round would exceed its privacy budget.
             AdapterError: a client whose values are bad (``read="finish"``), or whose file cannot be read any more. It
                 is refused; call ``finish`` again to go on without it, then all others are checked first. Without a
                 client: a layer whose ΔW overflows.
 
         With a defence, clients whose values are bad are refused, and the round goes on without them.
+
+        A private round is charged before its noise is drawn. It may be empty: that nobody came is a secret as well.
+        Each ``finish`` is another release, with noise of its own, and charged again; so is one that fails half-way.
         """
         if self._suspicious:
             self._check_the_others()
@@ -227,16 +246,19 @@ class Aggregator:
         judged, verdicts = self._judged(grams)
         clients = [client for client in judged if client.share > 0]
         work = Work(clients, self._settings(), grams, self._resident, self._stored)
+        if self._private is not None:  # planned by now, so that what cannot be solved costs nothing
+            work = dataclasses.replace(work, release=self._private.open())
         frame = GlobalUpdate(
             layer_updates={},
             clients=[finishing.record(client) for client in judged],
             refused=list(self.refused),
             method=self.method.name,
             seed=self.seed,
-            template=finishing.template(clients),
+            template=finishing.template(clients) if self._private is None else dict(self._private.config),
             seconds={"collect": time.perf_counter() - self._started},
             defence=None if self.defence is None else str(self.defence),
             verdicts=verdicts,
+            privacy=None if work.release is None else work.release.spent,
         )
         budget = self._make_room(work, grams)
         try:
@@ -267,11 +289,17 @@ class Aggregator:
             self.results,
             memory.room(self.device, self._room),
             self.defence if isinstance(self.defence, Coordinates) else None,
+            self._private,
         )
+
+    def _fresh_admission(self) -> Admission:
+        return Admission() if self._private is None else Admission(self._private.outline)
 
     def _gram_table(self) -> GramTable | None:
         """Grams are worth growing where clients come one by one and their factors go into the sum as they are."""
         if self.read != "add" or not self.method.folds or self.device.type != "cpu" or not cpu.usable("float32"):
+            return None
+        if self._private is not None:
             return None
 
         def wanted(spec: LayerSpec, columns: int, sixteen: bool) -> bool:
@@ -312,8 +340,14 @@ class Aggregator:
 
     def _weighted(self) -> list[Client]:
         """The clients of positive weight with their shares, in canonical order: sums come out the same whatever the
-        order of arrival. Weight 0 equals absent.
+        order of arrival. Weight 0 equals absent. In a private round shares are the weights as they are, and nobody is
+        missed.
         """
+        if self._private is not None:
+            clients = [self._clients[name] for name in self.clients if self._clients[name].weight > 0]
+            for client in clients:
+                client.share = client.weight
+            return clients
         if not self._clients:
             refused = f"; {len(self.refused)} were refused, the first: {self.refused[0].reason}" if self.refused else ""
             raise EmptyRoundError(f"no client is in this round{refused}; add at least one adapter")
@@ -367,6 +401,6 @@ class Aggregator:
             self._stored.drop(name)
         self.refused.append(Refusal(name, str(error), error.code))
         self._entrance.drop(gone.source)
-        self._admission = Admission()
+        self._admission = self._fresh_admission()
         for client in self._clients.values():
             self._admission.accept(client.name, client.source)

@@ -95,6 +95,12 @@ class ProtocolError(FlexLoRAError, ValueError):
     code = "protocol"
 
 
+class PrivacyError(FlexLoRAError, ValueError):
+    """A round that would exceed its privacy budget, a ledger that cannot be believed, or a library that is missing."""
+
+    code = "privacy"
+
+
 class BackendError(FlexLoRAError, RuntimeError):
     """A backend or device that was asked for by name and cannot run here."""
 

@@ -34,6 +34,8 @@ _RANK_COLUMNS = 6  # more would not fit beside the rest in 160 characters
 class Report:
     """Tables, plots and JSON of one :class:`~flexlora_fast.GlobalUpdate`; printing it shows the tables.
 
+    Of a private round it says what it cost, and nothing of who came: no clients, no refusals, no wall times.
+
     Args:
         update: the round.
         ranks: the ranks of interest, at which errors and energies are given (default: every rank that a client
@@ -52,9 +54,12 @@ class Report:
         self.update = update
         sent = {rank for client in update.clients for rank in client.ranks.values()}
         kept = {layer.rank for layer in update.values()}
+        self.private = update.privacy is not None
+        if self.private:
+            sent = set()
         self.ranks: list[int] = sorted(set(ranks) if ranks is not None else sent or kept)
         self.layers: list[str] = sorted(update.layers, key=natural)
-        self.refused = list(update.refused)
+        self.refused = [] if self.private else list(update.refused)
 
     # -- for machines ---
 
@@ -62,9 +67,9 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         """One dict per layer, in the order of the model (layers.2 before layers.10).
 
-        layer, kind, m, n, experts; clients: how many adapt it; clients_rank_total: R; kept_rank: k; norm: ‖ΔW‖_F;
-        stable_rank: ‖ΔW‖_F²/σ_1², for MoE the mean over experts; effective_rank: see :func:`effective_rank`,
-        None where the spectrum was cut;
+        layer, kind, m, n, experts; clients: how many adapt it (None where that is a secret); clients_rank_total: R (in
+        a private round min(m, n), of the noise); kept_rank: k; norm: ‖ΔW‖_F; stable_rank: ‖ΔW‖_F²/σ_1², for MoE the
+        mean over experts; effective_rank: see :func:`effective_rank`, None where the spectrum was cut;
         error: ‖ΔW − ΔW_r‖_F and energy_kept: its share of ‖ΔW‖_F², each by rank of interest, None beyond what is
         kept; solver, iterations, excess: how it was solved, with the estimated excess at rank k (0: exact);
         energy_error: the standard error of ‖ΔW‖_F² where it was estimated (0: computed).
@@ -82,7 +87,7 @@ class Report:
             "m": spec.m,
             "n": spec.n,
             "experts": spec.experts,
-            "clients": sum(layer.name in client.ranks for client in self.update.clients),
+            "clients": None if self.private else sum(layer.name in client.ranks for client in self.update.clients),
             "clients_rank_total": layer.total_rank,
             "kept_rank": layer.rank,
             "norm": layer.norm,
@@ -112,7 +117,7 @@ class Report:
                 "use_rslora": bool(client.config.get("use_rslora")),
                 "dtype": client.dtype,
             }
-            for client in self.update.clients
+            for client in ([] if self.private else self.update.clients)
         ]
 
     @cached_property
@@ -133,7 +138,7 @@ class Report:
                 "format": FORMAT,
                 "method": self.update.method,
                 "seed": self.update.seed,
-                "seconds": self.update.seconds,
+                "seconds": {} if self.private else self.update.seconds,
                 "ranks": self.ranks,
                 "total": self.total,
                 "layers": self.rows,
@@ -142,6 +147,7 @@ class Report:
                 "defence": self.update.defence,
                 "verdicts": [dataclasses.asdict(verdict) for verdict in self.update.verdicts],
                 "extras": sorted(self.update.extras),
+                "privacy": None if self.update.privacy is None else dataclasses.asdict(self.update.privacy),
             }
         )
 
@@ -171,14 +177,16 @@ class Report:
         if any(row["excess"] is None for row in self.rows):  # not known, or infinite
             excess = "excess not known"
         clients = f", {count(len(self.clients), 'client')}" if self.clients else ""  # sums name nobody
+        clients = ", private" if self.private else clients
         kept = ", ".join(f"{percent(share)} at rank {rank}" for rank, share in self._columns(self.total["energy_kept"]))
         refused = f" ({len(self.refused)} refused)" if self.refused else ""
         defended = f"; defence {self.update.defence}{tally(self.update.verdicts)}" if self.update.defence else ""
+        private = "" if self.update.privacy is None else f"; {self.update.privacy}"
         return (
             f"{count(len(self.rows), 'layer')}{clients}{refused}; "
             f"method {self.update.method}{defended}; solved by {solvers or 'none'} "
             f"({excess}); "
-            f"‖ΔW‖_F {number(self.total['norm'])} in all; energy kept: {kept or '–'}"
+            f"‖ΔW‖_F {number(self.total['norm'])} in all; energy kept: {kept or '–'}{private}"
         )
 
     def view(self, full: bool | None = None) -> RenderableType:

@@ -183,11 +183,6 @@ class RoundPolicy:
         return dict(self.reference.specs)
 
     @property
-    def skeleton(self) -> Skeleton:
-        """Of the reference, at its own ranks."""
-        return self._reference
-
-    @property
     def config(self) -> Config:
         """The config that admitted adapters get, but for their ranks and alphas."""
         return dict(self.reference.config)

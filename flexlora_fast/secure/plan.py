@@ -17,6 +17,7 @@ from flexlora_fast.adapter import Adapter
 from flexlora_fast.config import Config
 from flexlora_fast.errors import OptionError
 from flexlora_fast.gate import RoundPolicy
+from flexlora_fast.gate.reference import Reference
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.skeleton import Form, Skeleton
 
@@ -129,12 +130,11 @@ class Plan:
     @classmethod
     def from_policy(cls, policy: RoundPolicy, **options: Unpack[Options]) -> Plan:
         """Those that a policy expects. Its bounds are not the plan's: nobody can hold hidden uploads against them."""
-        return cls._of(policy.skeleton, options)
+        return cls._of(policy.reference, options)
 
     @classmethod
-    def _of(cls, skeleton: Skeleton, options: Options) -> Plan:
-        extras = {key: skeleton.forms[key] for key in skeleton.extra_keys}
-        return cls(tuple(skeleton.specs.values()), tuple(skeleton.bias_keys), extras, dict(skeleton.config), **options)
+    def _of(cls, of: Skeleton | Reference, options: Options) -> Plan:
+        return cls(tuple(of.specs.values()), tuple(of.bias_keys), of.extras, dict(of.config), **options)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
