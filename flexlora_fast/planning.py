@@ -154,8 +154,8 @@ def _privately(spec: LayerSpec, having: Sequence[tuple[Skeleton, int]], of: Sett
     """A noised matrix, formed where that takes no more than half of the memory, made by tiles where it would.
 
     By the layer's shape alone: who came must not show in how it was solved. Forming it is always faster, since each
-    pass over tiles makes all noise again: of 4096², 0.8 s against 6.5 s (16 clients of rank 16, k = 16), 2.9 s against
-    62 s (100 clients, k = 64; ``benchmarks/results/privacy.md``).
+    pass over tiles makes all noise again: of 4096², 1.1 s against 9.3 s (16 clients of rank 16, k = 16), 4.9 s against
+    108 s (100 clients, k = 64; ``benchmarks/results/privacy.md``).
     """
     assert of.private is not None
     full, widest = min(spec.m, spec.n), of.private.widest
