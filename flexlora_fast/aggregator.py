@@ -75,7 +75,7 @@ class Aggregator:
         spool: a folder of your own for the copies, which stay there (default: one that goes with the aggregator, where
             temporary files go).
         progress: a bar on stderr: None shows it on a terminal only.
-        defence: against hostile or broken clients: a name of ``defence.RULES`` ("clip", or with settings
+        defence: against hostile or broken clients: a name of ``defence.RULES`` ("clip" to start with; with settings
             "krum:byzantine=2"), a :class:`~flexlora_fast.defence.Defence`, or None, which trusts all clients. It judges
             the low-rank updates of all layers together, from their Gram matrix: files are read once more for it. What
             it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones. The rules

@@ -56,7 +56,9 @@ def tally(verdicts: Sequence[Verdict]) -> str:
 
 def _trust(verdict: Verdict) -> tuple[int, float, float]:
     """Sort key: by verdict, by how much of the weight is left, and of the rejected the longest first."""
-    left = verdict.share * verdict.factor / verdict.weight
+    left = (
+        verdict.share * verdict.factor / verdict.weight if verdict.weight else 0.0
+    )  # a tiny weight may be rounded to 0
     return STATUSES.index(verdict.status), left, -verdict.norm
 
 

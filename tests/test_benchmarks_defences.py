@@ -11,6 +11,8 @@ from benchmarks import defences as benchmark
 from flexlora_fast import defence
 from tests.defences import ATTACKS
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +42,7 @@ def test_the_default_rule_against_absurd_norms() -> None:
 
 
 def test_the_committed_table_is_what_the_benchmark_prints() -> None:
-    text = Path("benchmarks/results/defences.md").read_text(encoding="utf-8")
+    text = (ROOT / "benchmarks/results/defences.md").read_text(encoding="utf-8")
     assert all(f"\n| {rule} | " in text for rule in ("honest alone", "none", *defence.RULES))
     assert all(f" {attack} |" in text for attack in ATTACKS)
-    assert Path("benchmarks/results/defences.png").stat().st_size < 200_000
+    assert (ROOT / "benchmarks/results/defences.png").stat().st_size < 200_000

@@ -32,6 +32,12 @@ def test_few_clients_are_all_named_and_the_least_trusted_come_first() -> None:
     assert [line.split()[0] for line in text[3:]] == ["bad-0", "long-0", "long-1", "good-2", "good-1", "good-0"]
 
 
+def test_a_weight_that_is_next_to_nothing() -> None:
+    """Of weights 1e-300 and 1e300 one is rounded to 0."""
+    clients = [c.but(weight=w) for c, w in zip(alike(3), (1e-300, 1e300, 1e300), strict=True)]
+    assert "c00" in str(aggregate(clients, "clip").report())
+
+
 def test_many_clients_come_in_sums() -> None:
     text = lines(made(300, 90, 10), 40)
     assert text[0] == "Defence clip (40 of 400 clients by name)" and len(text) == 3 + 40 + 2
