@@ -146,8 +146,8 @@ class _Kept:
 
 
 class _Flushed:
-    """What of a folder is on disk for good: of each file what it held when it was last flushed, of each folder the names
-    that it had then. A folder's file that was never flushed is empty.
+    """What of a folder is on disk for good: of each file what it held when it was last flushed, of each folder the
+    names that it had then. A file that was never flushed is empty.
     """
 
     def __init__(self, root: str) -> None:
@@ -209,7 +209,10 @@ class _Flushed:
             if chance is not None and inode in current and chance.random() < 0.5:
                 there = current[inode]
                 kept = _Kept(there.content[: chance.randint(0, len(there.content))], there.mode)
-                if inode in self._files and kept.content[: len(self._files[inode].content)] != self._files[inode].content:
+                if (
+                    inode in self._files
+                    and kept.content[: len(self._files[inode].content)] != self._files[inode].content
+                ):
                     kept = self._files[inode]  # a file that grew does not become shorter than it was
             with builtins.open(os.path.join(made, name), "wb") as file:
                 file.write(kept.content)
@@ -227,7 +230,7 @@ def in_child(work: Callable[[], None]) -> int:
     if child == 0:
         try:
             work()
-        except BaseException:  # noqa: BLE001
+        except BaseException:
             import traceback
 
             traceback.print_exc()

@@ -32,7 +32,8 @@ WEIGHTS = {"a": 2.0, "c": 3.0, "d": 1.5}
 
 
 def client(name: str, rank: int, seed: int = 0) -> rounds.Client:
-    return rounds.client(name, LAYERS, rank=rank, seed=seed).but(extras={"head.weight": torch.full((2, 3), seed + 1.0)})
+    made = rounds.client(name, LAYERS, rank=rank, alpha=2 * rank, seed=seed)
+    return made.but(extras={"head.weight": torch.full((2, 3), seed + 1.0)})
 
 
 def policy() -> ff.RoundPolicy:
@@ -126,7 +127,7 @@ class Trial:
     def __init__(self, base: Path) -> None:
         self.base, self.tries = base, 0
         script(base / "warm", base / "warm.acks")  # what is done first in a process takes long; children inherit it
-        self.trace = self._traced(lambda folder, acks: script(folder, acks))
+        self.trace = self._traced(script)
         self.expected = outcome(self.folder)
         assert self.expected[1] == ["a", "c", "d"]
         assert self.expected[2] == [("gone", "dropped"), ("nan", "not-finite")]
@@ -184,8 +185,8 @@ def crashes(trial: Trial, kind: str, every: int) -> Iterator[str]:
 
 
 def again(trial: Trial, kind: str, every: int) -> Iterator[str]:
-    """A round that was killed, and killed again while it was taken up: in the middle of an upload, of a line, and of the
-    update.
+    """A round that was killed in the middle of an upload, of a line, or just before its last line, and killed again
+    while it was taken up.
     """
     trace = trial.trace
     lines = [i for i, (name, path) in enumerate(trace) if name == "write" and path == "manifest.jsonl"]
@@ -253,7 +254,9 @@ RUNS: dict[str, tuple[Callable[[Trial, str, int], Iterator[str]], str]] = {
 
 
 def run(what: str, every: int = 1) -> dict[str, Any]:
-    """Of one of ``RUNS``: the points tried, by call, and the calls of the undisturbed round. All gave the same bytes."""
+    """One of ``RUNS``: how many points were tried, by call, and how many calls the undisturbed round makes. All gave
+    the same bytes.
+    """
     torch.set_num_threads(1)
     memory = "/dev/shm"  # what is flushed is followed in ``faults``: a real disk would only take its time
     base = Path(tempfile.mkdtemp(prefix="kills-", dir=memory if os.access(memory, os.W_OK) else None))

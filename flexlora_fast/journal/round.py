@@ -184,8 +184,8 @@ class Round:
             target, done = journal.place.update, journal.ledger.finished
             if done is not None and place.is_file(target, done["sha256"], done["bytes"]):
                 return dataclasses.replace(storage.load(target), seconds=done["seconds"])
-            journal.check_whole()
             round_ = self._aggregator(journal)
+            journal.look_around()
             journal.check_whole()
             round_.refused[:] = journal.ledger.refused()
             try:

@@ -132,6 +132,17 @@ class Journal:
         for entry in entries:
             self._unlink(entry.n)
 
+    def look_around(self) -> None:
+        """Note which uploads are not there any more, or have another size: no more than a look at each."""
+        for entry in self.ledger.accepted.values():
+            try:
+                status = os.lstat(self.place.upload(entry.n))
+                there = stat.S_ISREG(status.st_mode) and status.st_size == entry.bytes
+            except FileNotFoundError:
+                there = False
+            if not there:
+                self.note(entry, f"its upload {str(self.place.upload(entry.n))!r} has vanished or been altered")
+
     def note(self, entry: Accepted, problem: str) -> None:
         """Another upload turned out to be lost."""
         if not self.is_damaged(entry.client):
