@@ -416,15 +416,14 @@ def test_an_upload_that_is_lost_is_named_and_can_be_sent_again(harm: str, when: 
     with pytest.raises(DamagedRoundError, match="'b'") as caught:
         round_.finish()
     assert caught.value.client == "b" and not (folder / UPDATE).exists()
-    if path.is_dir():
-        path.rmdir()
     assert round_.add(sent("b", 2), 2.0, client="b").new  # as acknowledged: it repairs the round
     if when != "before it is taken up":
         round_.drop("d", "only there for the test")
     update = round_.finish()
     with filled(tmp_path / "plain") as plain:
         assert_identical(update, plain.finish())
-    assert round_.status().state == "finished"
+    round_.close()
+    assert Round.open(folder).status().state == "finished"
 
 
 def test_going_on_without_a_client_is_recorded(tmp_path: Path) -> None:
@@ -483,10 +482,12 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     filled(folder).close()
     (folder / "notes.txt").write_text("mine")
-    (folder / "spool" / "notes.safetensors").write_text("mine")
+    for name in ("notes", "999999999999"):
+        (folder / "spool" / f"{name}.safetensors").write_text("mine")
+        (folder / "spool" / f"{name}.safetensors").chmod(0o400)
     with Round.open(folder) as round_:
         assert round_.finish().layers and (folder / "notes.txt").exists()
-    assert (folder / "spool" / "notes.safetensors").read_text() == "mine"
+    assert all((folder / "spool" / f"{name}.safetensors").exists() for name in ("notes", "999999999999"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(JournalError, match=r"thesis\.tex"):

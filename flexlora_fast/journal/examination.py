@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SEND_AGAIN = "have it sent again, the same bytes, or take the client out of the round"
 _TRIES = 5
+_FARTHEST = 100_000  # lines that a manifest can have lost; an upload of a number beyond is none of ours
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,13 @@ class Findings:
     """What the journal goes on from.
 
     Attributes:
+        manifest: its bytes, as they are. content, ledger: what they say. damage: all of it.
         lost: numbers of lines that are gone, with the SHA-256 of what the spool has of them.
         next: the number of the next line. superfluous: files of the spool that belong to no acknowledged upload.
         whole: whether a finished round has its update.
     """
 
+    manifest: bytes
     content: lines.Content
     ledger: Ledger
     damage: list[Damage] = field(default_factory=list)
@@ -120,7 +123,7 @@ def examine(path: str | os.PathLike[str]) -> Status:
         head = place.read_head()
         found = look(place, head["key"])
         for _ in range(_TRIES):  # an upload that is replaced meanwhile would look as if it had vanished
-            if not found.damage or read(place.lines) == found.content.sound + found.content.torn:
+            if not found.damage or _manifest(place) == found.manifest:
                 break
             found = look(place, head["key"])
     except OSError as error:
@@ -139,20 +142,18 @@ def examine(path: str | os.PathLike[str]) -> Status:
 
 def look(place: Place, key: str) -> Findings:
     """Read the manifest, and hold the spool against it. Raises ``OSError``."""
-    try:
-        data = read(place.lines)
-    except FileNotFoundError:
-        data = b""  # what is sealed tells what was in it
+    data = _manifest(place)
     content = lines.parse(key, data)
     ledger = Ledger()
     for record in content.records:
         ledger.apply(record)
-    found = Findings(content, ledger)
+    found = Findings(data, content, ledger)
     end = ledger.last + content.bad_behind
     uploads = place.uploads()
-    sealed = {n for n in uploads if n not in ledger.numbers and place.sealed(n)}
-    gaps = sorted((set(range(1, end + 1)) - ledger.numbers | sealed) - ledger.resolved)
-    found.next = max([end, *sealed]) + 1
+    sealed = [n for n in uploads if end < n <= end + _FARTHEST and place.sealed(n)]
+    end = max([end, *sealed])
+    gaps = sorted(set(range(1, end + 1)) - ledger.numbers - ledger.resolved)
+    found.next = end + 1
     finished = ledger.finished
     if finished is not None:
         found.whole = is_file(place.update, finished["sha256"], finished["bytes"])
@@ -162,9 +163,16 @@ def look(place: Place, key: str) -> Findings:
         found.lost = {n: _digest(uploads.get(n)) for n in gaps}
         found.damage += [_lost_line(n, found.lost[n]) for n in gaps]
         found.damage += filter(None, (_lost_upload(place, entry) for entry in ledger.accepted.values()))
-    kept = {entry.n for entry in ledger.accepted.values()} | set(gaps)
-    found.superfluous = [path for n, path in sorted(uploads.items()) if n not in kept]
+    kept = {entry.n for entry in ledger.accepted.values()}.union(gaps)
+    found.superfluous = [path for n, path in sorted(uploads.items()) if n not in kept and n <= found.next]
     return found
+
+
+def _manifest(place: Place) -> bytes:
+    try:
+        return read(place.lines)
+    except FileNotFoundError:
+        return b""  # the sealed uploads tell what was in it
 
 
 def _lost_upload(place: Place, entry: Accepted) -> Damage | None:

@@ -46,7 +46,8 @@ class Journal:
         if found.content.torn:
             place.put(self.place.quarantine / f"{found.next:06d}.torn", found.content.torn)
         for path in [*self.place.leftovers(), *found.superfluous]:
-            os.unlink(path)
+            with contextlib.suppress(IsADirectoryError):  # somebody else's
+                os.unlink(path)
         if self.ledger.finished is None and os.path.lexists(self.place.update):
             os.unlink(self.place.update)  # whole, but nobody was told of it: more clients may come
         self._room = self._quarantine.bytes - evidence.used(self.place.quarantine)
