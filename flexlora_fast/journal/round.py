@@ -61,6 +61,9 @@ class Round:
 
     The folder is the round's own; remove it when its update is where you want it.
 
+    Attributes:
+        path: of the folder. policy: what clients may send.
+
     >>> import tempfile, torch, safetensors.torch
     >>> policy = RoundPolicy.from_config({"r": 2, "lora_alpha": 4}, {"fc": (4, 3)}, ranks=(2,), max_weight=100)
     >>> upload = safetensors.torch.save({"base_model.model.fc.lora_A.weight": torch.ones(2, 3),
@@ -78,7 +81,7 @@ class Round:
         self.policy = RoundPolicy.from_json(head["policy"])
         self._journal: Journal | None = journal
         self._held: Opened | None = held
-        self._path, self._replaces = journal.place.path, head["options"]["duplicate"] == "replace"
+        self.path, self._replaces = journal.place.path, head["options"]["duplicate"] == "replace"
         self._first = head["options"]["quarantine"]["first"]
         self._options = options.of_aggregator(head["options"]) | how
         self._round: Journalled | None = None
@@ -235,7 +238,7 @@ class Round:
     def status(self) -> Status:
         """What is there, as ``journal.examine`` finds it; all uploads are read for it."""
         with self._mutex:
-            return examination.examine(self._path)
+            return examination.examine(self.path)
 
     @property
     def clients(self) -> list[str]:
@@ -259,9 +262,9 @@ class Round:
     @contextlib.contextmanager
     def _writing(self, client: Any = None) -> Iterator[Journal]:
         """The journal, to one thread at a time; after a flush that failed, what is on disk is found out first."""
-        with self._mutex, _disk(self._path, client):
+        with self._mutex, _disk(self.path, client):
             if self._journal is None:
-                raise JournalError(f"the round at {str(self._path)!r} was closed; open it again")
+                raise JournalError(f"the round at {str(self.path)!r} was closed; open it again")
             if self._journal.doubtful:
                 self._round = None
                 self._journal.take_up()
@@ -269,7 +272,7 @@ class Round:
 
     def _check_open(self, journal: Journal) -> None:
         if journal.ledger.finished is not None:
-            raise OptionError(f"the round at {str(self._path)!r} is finished, and stays as it is")
+            raise OptionError(f"the round at {str(self.path)!r} is finished, and stays as it is")
 
     def _aggregator(self, journal: Journal) -> Journalled:
         """The round in memory; made from the spool where there is none, whoever came first."""
