@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any, TypedDict
 
 import torch
@@ -54,6 +55,11 @@ def recorded(given: Options) -> dict[str, Any]:
         raise OptionError(f"duplicate {found['duplicate']!r} is neither 'refuse' nor 'replace'")
     if "quarantine" in found:
         found["quarantine"] = dataclasses.asdict(found["quarantine"])
+    for name, value in found.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise OptionError(f"{name} is {value!r}, which JSON cannot record; give a plain, finite value") from None
     return found
 
 
