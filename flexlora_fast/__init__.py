@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
-from flexlora_fast import defence, errors, methods
+from flexlora_fast import defence, errors, journal, methods, privacy, secure
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.gate import RoundPolicy
+from flexlora_fast.journal import Receipt, Round
 from flexlora_fast.oneshot import aggregate
+from flexlora_fast.privacy import Privacy
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
 __version__ = "0.1.0"
@@ -21,10 +23,16 @@ __all__ = [
     "ClientRecord",
     "GlobalUpdate",
     "LayerUpdate",
+    "Privacy",
+    "Receipt",
     "Refusal",
+    "Round",
     "RoundPolicy",
     "aggregate",
     "defence",
     "errors",
+    "journal",
     "methods",
+    "privacy",
+    "secure",
 ]
