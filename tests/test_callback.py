@@ -178,7 +178,7 @@ def test_wrapped_models_are_unwrapped() -> None:
     assert receive(compiled, sent, optimizer=adam_after_steps(model)) is False
     assert same(sent, model)
     found: list[Any] = []
-    adapter = submit(compiled, lambda *given: found.append(given), 30.0, "c")
+    adapter = submit(compiled, lambda *given, client: found.append((*given, client)), 30.0, "c")
     assert found == [(adapter, 30.0, "c")] and adapter.client == "c" and same(adapter, model)
 
 
@@ -277,7 +277,7 @@ def test_another_rank_under_a_trainer_is_refused_and_a_new_one_takes_it(tmp_path
     before = ff.Adapter.from_peft(model)
     larger = ff.Adapter.from_peft(language_model(7, 4))
     submitted: list[Any] = []
-    callback = FlexLoRACallback(lambda: larger, lambda *given: submitted.append(given))
+    callback = FlexLoRACallback(lambda: larger, lambda *given, client: submitted.append(given))
     trainer = trainer_for(model, tmp_path, callback)
     with pytest.raises(RankError, match=r"rank 4 was received and the model has 2.*receive\(model, update\) first"):
         trainer.train()
@@ -300,6 +300,15 @@ def test_a_refused_submission_leaves_the_round_as_it_was(tmp_path: Path) -> None
         trainer.train()
     assert round_.clients == ["good"] and [refusal.client for refusal in round_.refused] == ["bad"]
     assert round_.finish().norm > 0
+
+
+def test_a_journalled_round_is_submitted_to_as_well(tmp_path: Path) -> None:
+    model = language_model()
+    policy = ff.RoundPolicy.from_model(model, ranks=(2,), max_weight=100)
+    with ff.Round.open(tmp_path / "round", policy=policy) as round_:
+        trainer_for(model, tmp_path, FlexLoRACallback(submit=round_.add, client="c")).train()
+        update = round_.finish()
+    assert [record.name for record in update.clients] == ["c"]
 
 
 def test_a_resumed_run_goes_on_with_the_adapter_of_its_checkpoint(tmp_path: Path) -> None:

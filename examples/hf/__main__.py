@@ -39,7 +39,7 @@ def main(given: Sequence[str] | None = None) -> Federation:
     parser = argparse.ArgumentParser(prog="python -m examples.hf", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--sft", action="store_true", help="trl's SFTTrainer on SmolLM2-135M (needs the extra 'hf')")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps per client and round")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per client and round")
     parser.add_argument("--data", type=Path, default=Path(".demo-data"), help="folder with the wheels")
     arguments = parser.parse_args(given)
     demo_train.settle()

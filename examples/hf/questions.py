@@ -123,11 +123,12 @@ def smollm2(folder: Path) -> Path:
     return target
 
 
-def chats(model: Path, questions: Sequence[Question], out: Path, steps: int, test: int = 60) -> Federation:
+def chats(model: Path, questions: Sequence[Question], out: Path, steps: int, test: int = 40) -> Federation:
     """trl's ``SFTTrainer`` on a small language model in bfloat16, which answers with the class of a question."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
 
+    disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -7,13 +7,13 @@ Adam's moments, which ``Trainer`` keeps from one ``train()`` to the next, belong
 
 Every process of a distributed run must be given the same update: broadcasting it (``broadcast_object_list`` of
 ``accelerate.utils``) is the loop's part. Each process puts it into its own copy of the model; the main one submits.
-FSDP and DeepSpeed ZeRO-3, which shard the factors, are refused.
+Factors that FSDP shards, and optimizers that do not hold them as they are (DeepSpeed's), are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +31,11 @@ except ImportError as missing:
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-# Takes an adapter, its weight and the client's name: ``Aggregator.add``, or a function that sends them away.
-Submit = Callable[[Adapter, float, str | None], object]
+
+class Submit(Protocol):
+    """``Aggregator.add``, ``Round.add``, or a function that sends an adapter away."""
+
+    def __call__(self, adapter: Adapter, weight: float, /, *, client: Any) -> object: ...
 
 
 def receive(
@@ -77,12 +80,13 @@ def receive(
 
 
 def submit(model: Any, to: Submit, weight: float, client: str | None = None, adapter_name: str = "default") -> Adapter:
-    """Hand a snapshot of a live PEFT model's adapter to ``to(adapter, weight, client)``, and return it.
+    """Hand a snapshot of a live PEFT model's adapter to ``to(adapter, weight, client=client)``, and return it.
 
-    ``to`` is ``Aggregator.add``, or a function that sends it away. Raises what ``Adapter.from_peft`` and ``to`` raise.
+    ``to`` is ``Aggregator.add``, ``Round.add``, or a function that sends it away. Raises what ``Adapter.from_peft`` and
+    ``to`` raise.
     """
     adapter = Adapter.from_peft(_unwrapped(model), adapter_name, client)
-    to(adapter, weight, client)
+    to(adapter, weight, client=client)
     return adapter
 
 
@@ -94,8 +98,8 @@ class FlexLoRACallback(TrainerCallback):
             adapter or a round's update, goes into the model as in :func:`receive`, at the ranks that the model has.
             None: nothing came. ``queue.get`` is such a function. It is not called where training is resumed from a
             checkpoint, which has the adapter of this round.
-        submit: called as ``submit(adapter, weight, client)`` when training ends, on the main process only, such as
-            ``Aggregator.add``. The weight is the number of examples trained on.
+        submit: called as ``submit(adapter, weight, client=client)`` when training ends, on the main process only, such
+            as ``Aggregator.add`` or ``Round.add``. The weight is the number of examples trained on.
         client: the name to submit under. adapter_name: of the adapter in the model.
 
     What they raise ends ``Trainer.train``: a rank that changes (``RankError``: give it to :func:`receive` before a new

@@ -52,7 +52,7 @@ def _one_of_two(rank: int, port: int, folder: str) -> None:
     model = language_model()
     sent = ff.Adapter.from_peft(language_model(7))
     submitted: list[Any] = []
-    callback = FlexLoRACallback(lambda: sent, lambda *given: submitted.append(given), client="c")
+    callback = FlexLoRACallback(lambda: sent, lambda *given, client: submitted.append((*given, client)), client="c")
     trainer = trainer_for(model, Path(folder), callback, per_device_train_batch_size=2, ddp_backend="gloo")
     for number in (1, 2):
         trainer.train()
