@@ -186,17 +186,17 @@ def test_wrapped_models_are_unwrapped() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("dtype", "options"),
     [
-        {},
-        {"gradient_checkpointing": True},
-        {"gradient_accumulation_steps": 2},
-        {"bf16": True},
-        {"optim": "adafactor"},
+        (torch.float32, {}),
+        (torch.float32, {"gradient_accumulation_steps": 2}),
+        (torch.float32, {"optim": "adafactor"}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"gradient_checkpointing": True}),
+        (torch.bfloat16, {"bf16": True}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rounds_with_one_trainer(dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
     """The optimizer lives through all rounds, each begins from what was received, and what is submitted was trained."""
     torch.manual_seed(0)
