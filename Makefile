@@ -55,7 +55,7 @@ test-all: check  ## The same with the slow tests
 	$(PYTEST) -n $(JOBS) -m 'not integration'
 
 test-integrations: venv .demo-data/.downloaded .demo-data/.smollm2  ## Frameworks' own loops on this machine, in minutes
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[hf]' --no-build-isolation
+	$(BIN)/python -m pip install -q -c constraints.txt trl datasets gguf
 	$(PYTEST) -m integration tests/integrations
 
 $(VENV)/.fuzzer: constraints.txt | $(VENV)/.built
