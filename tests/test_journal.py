@@ -330,6 +330,12 @@ def test_the_quarantine_has_an_end(tmp_path: Path) -> None:
 # -- options ---
 
 
+def test_a_private_round_is_none_to_replay(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="a private round may be released once"):
+        Round.open(tmp_path / "r", policy=policy(), rank=4, privacy=None)  # type: ignore[call-arg]
+    assert not (tmp_path / "r").exists()
+
+
 def test_a_round_is_taken_up_under_what_it_began_with(tmp_path: Path) -> None:
     filled(tmp_path / "r", seed=5, defence="clip:quantile=0.6", method="flexlora").close()
     Round.open(tmp_path / "r").close()

@@ -372,6 +372,10 @@ def test_nothing_about_the_guarantee_has_a_default() -> None:
         ({"solver": "krylov"}, "solver 'krylov' works"),
         ({"solver": "filtered"}, "solver 'filtered' works"),
         ({"solver": "svd"}, "solver 'svd' works"),
+        ({"min_clients": 2}, "whether there is an update would tell who came"),
+        ({"min_weight": 0.5}, "whether there is an update would tell who came"),
+        ({"policy": policy(max_clients=9)}, "one client would decide whether another finds room"),
+        ({"policy": policy(max_round_bytes=10**6)}, "one client would decide whether another finds room"),
     ],
 )
 def test_rounds_that_cannot_be_accounted_for(options: dict[str, Any], message: str) -> None:
