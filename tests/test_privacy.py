@@ -390,6 +390,19 @@ def test_a_policy_is_needed_and_privacy_must_be_one() -> None:
         ff.Aggregator(rank=4, policy=policy(), reference=members(1)[0].adapter())
 
 
+@pytest.mark.parametrize("quota", ["max_clients", "max_round_bytes"])
+def test_quotas_by_which_one_client_keeps_another_out(quota: str) -> None:
+    with pytest.raises(OptionError, match=f"the policy has {quota}: one client would keep another out"):
+        aggregator(policy=policy(**{quota: 10**6}))
+
+
+def test_clients_that_leave_layers_out_count_as_zero_there(silent: None) -> None:
+    clients = [members(2)[0].without("h.0.up"), members(2)[1]]
+    update = aggregate(clients, privacy(clip=2.0), policy=policy(partial=True))
+    np.testing.assert_allclose(flat(update), clipped_mean(clients, 2.0, 4.0), atol=1e-6)
+    assert len(aggregate(clients[:1], privacy(clip=2.0), policy=policy(partial=True)).layers) == 4
+
+
 def test_weights_above_one() -> None:
     agg = aggregator(policy=policy(max_weight=5000.0))
     with pytest.raises(WeightError, match=r"client 'c00': weight is 1200, and a private round takes 0 to 1"):

@@ -65,6 +65,12 @@ def of_round(
             "policy=RoundPolicy.from_adapter(…)"
         )
     _check(how)
+    for quota in ("max_clients", "max_round_bytes"):
+        if getattr(policy, quota) is not None:
+            raise OptionError(
+                f"the policy has {quota}: one client would keep another out, and the sum would move by both; leave it "
+                "away (Privacy.rate says how many to expect)"
+            )
     public = reference if reference is None or isinstance(reference, Adapter) else Adapter.load(reference)
     made = Mechanism(privacy, policy, public)
     privacy.ledger.check(privacy.charge, privacy.delta, privacy.max_epsilon)
