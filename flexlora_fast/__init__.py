@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
-from flexlora_fast import defence, errors, methods, privacy, secure
+from flexlora_fast import defence, errors, journal, methods, privacy, secure
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.gate import RoundPolicy
+from flexlora_fast.journal import Receipt, Round
 from flexlora_fast.oneshot import aggregate
 from flexlora_fast.privacy import Privacy
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
@@ -23,11 +24,14 @@ __all__ = [
     "GlobalUpdate",
     "LayerUpdate",
     "Privacy",
+    "Receipt",
     "Refusal",
+    "Round",
     "RoundPolicy",
     "aggregate",
     "defence",
     "errors",
+    "journal",
     "methods",
     "privacy",
     "secure",

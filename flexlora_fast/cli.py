@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from flexlora_fast import __version__, cli_gate, inputs, methods, outputs, tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import MISSING, Aggregator
-from flexlora_fast.cli_common import Full, Json, failures, note, one_of, parse_ranks, print_json, show, usage
+from flexlora_fast.cli_common import DTYPES, Full, Json, failures, note, one_of, parse_ranks, print_json, show, usage
+from flexlora_fast.cli_round import app as round_app
 from flexlora_fast.defence import RULES
 from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError
 from flexlora_fast.factors import SPLITS
@@ -27,8 +27,6 @@ from flexlora_fast.progress import track
 from flexlora_fast.report import Report, refusal_table
 from flexlora_fast.update import GlobalUpdate, Refusal
 
-DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 app = typer.Typer(
     name="flexlora-fast",
     help="Aggregate LoRA adapters of mixed ranks into one exact, certified global update.",
@@ -37,6 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # errors quote names from clients, which are not markup
     pretty_exceptions_enable=False,  # their tracebacks show local variables: whole tensors
 )
+
+app.add_typer(round_app)
 
 
 def main() -> None:

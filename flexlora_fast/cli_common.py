@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from flexlora_fast import tables
 from flexlora_fast.errors import FlexLoRAError, OptionError, RankError, WeightError
 
+DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Full = Annotated[bool, typer.Option("--full", help="List every layer, however many there are.")]
 

@@ -11,10 +11,11 @@ import numpy as np
 
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import AdapterError, OptionError
+from flexlora_fast.gate.intake import Spool, Upload
 from flexlora_fast.gate.policy import RoundPolicy, discard
 from flexlora_fast.gate.quota import Quota
 
-Source = Adapter | str | os.PathLike[str] | bytes
+Source = Adapter | str | os.PathLike[str] | bytes | Upload
 
 
 class Entrance:
@@ -43,7 +44,7 @@ class Entrance:
                 "policy: those judge single updates, and secure aggregation hides them"
             )
         if self.policy is None or self._quota is None:
-            if isinstance(source, bytes):
+            if isinstance(source, bytes | Upload):
                 raise AdapterError("bytes do not tell their scales; give the round a policy, or an Adapter")
             return source if isinstance(source, Adapter) else Adapter.load(source, client=client)
         room = self._quota.room()
@@ -53,8 +54,10 @@ class Entrance:
         else:
             adapter = self.policy.admit(source, client=client, weight=weight, spool=self._folder(), room=room)
             self._copies.add(adapter)
-        self._quota.add(adapter)
-        return adapter
+        return self._counted(adapter)
+
+    def keep(self, adapter: Adapter, client: str, weight: float) -> None:
+        """Called once all checks are passed, before the client is in: a journal makes it durable here."""
 
     def drop(self, adapter: Adapter) -> None:
         """A client that was taken is refused after all: its place is free, and its copy removed, if there is one."""
@@ -64,7 +67,12 @@ class Entrance:
             self._copies.remove(adapter)
             discard(adapter)
 
-    def _folder(self) -> str | os.PathLike[str]:
+    def _counted(self, adapter: Adapter) -> Adapter:
+        if self._quota is not None:
+            self._quota.add(adapter)
+        return adapter
+
+    def _folder(self) -> Spool:
         if self._spool is None:
             self._spool = tempfile.mkdtemp(prefix="flexlora-")
             weakref.finalize(self, shutil.rmtree, self._spool, ignore_errors=True)

@@ -17,6 +17,7 @@ from flexlora_fast.admission import check_name, is_weight
 from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError, OptionError, RefusedError, shown
 from flexlora_fast.gate import claims, intake, norms, stored
+from flexlora_fast.gate.intake import Spool, Upload
 from flexlora_fast.gate.manifest import Manifest
 from flexlora_fast.gate.reasons import Reason
 from flexlora_fast.gate.reference import Reference
@@ -199,11 +200,11 @@ class RoundPolicy:
 
     def admit(
         self,
-        upload: str | os.PathLike[str] | bytes,
+        upload: str | os.PathLike[str] | bytes | Upload,
         *,
         client: str,
         weight: float = 1.0,
-        spool: str | os.PathLike[str] | None = None,
+        spool: Spool = None,
         config: bytes | None = None,
         room: int | None = None,
     ) -> Adapter:
@@ -213,8 +214,9 @@ class RoundPolicy:
             upload: the path of a PEFT folder or of a safetensors file, or the bytes of one. Opened once, without
                 following links, and copied before its values are looked at: what happens to it later has no effect.
             weight: checked only.
-            spool: a folder of the server's own to keep the copy in; it stays there until the caller removes it (of a
-                refused client nothing stays). The adapter reads its tensors from it. None: they are kept in memory.
+            spool: a folder of the server's own to keep the copy in (or a function that makes the file there, and
+                returns its descriptor and path); it stays there until the caller removes it (of a refused client
+                nothing stays). The adapter reads its tensors from it. None: they are kept in memory.
             config: the content of the client's ``adapter_config.json``, for uploads that are no folder. Without it
                 the client is taken to have trained at the policy's scales.
             room: bytes that are left of the round's ``max_round_bytes``.
@@ -230,8 +232,7 @@ class RoundPolicy:
             with intake.opened(upload, self.max_config_bytes) as opened:
                 index = intake.index_of(opened, self.max_bytes, self._manifest.longest_header)
                 self._check_room(opened.size, room)
-                forms = {name: Form(entry.shape, entry.dtype) for name, entry in index.entries.items()}
-                ranks = self._manifest.ranks_of(forms)
+                forms, ranks = self._forms_and_ranks(index)
                 self._check_client_ranks(client, ranks)
                 claimed = opened.config if opened.config is not None else config
                 if claimed is not None:
@@ -249,6 +250,17 @@ class RoundPolicy:
         except RefusedError as error:
             error.at(client=shown_name(client))
             raise
+
+    def admitted(self, copy: str | os.PathLike[str], *, client: str) -> Adapter:
+        """The adapter in a copy that ``admit`` has left in its ``spool``, without another look at its values: the
+        caller knows that they are the same.
+
+        Raises ``AdapterError`` (``RefusedError``) where the copy is gone, or holds other tensors.
+        """
+        file = TensorFile(copy)
+        forms, ranks = self._forms_and_ranks(file.index)
+        skeleton = self._skeleton(file.index, forms, ranks)
+        return Adapter.of_skeleton(skeleton, file.renamed(skeleton.names), client)
 
     def check(self, adapter: Adapter, *, client: str, weight: float = 1.0, room: int | None = None) -> None:
         """Hold an adapter that was made in this process against the policy; ``room`` as for ``admit``.
@@ -295,6 +307,10 @@ class RoundPolicy:
                 value=weight,
                 remedy="give a smaller one, or the policy another max_weight",
             )
+
+    def _forms_and_ranks(self, index: Index) -> tuple[dict[str, Form], dict[str, int]]:
+        forms = {name: Form(entry.shape, entry.dtype) for name, entry in index.entries.items()}
+        return forms, self._manifest.ranks_of(forms)
 
     def _check_room(self, size: int, room: int | None) -> None:
         if room is not None and size > room:

@@ -39,6 +39,7 @@ class Summed:
     solver: str
     missing: str
     defence: Defence | Coordinates | None
+    quorum: bool
 
 
 def of_round(
@@ -65,12 +66,11 @@ def of_round(
             "policy=RoundPolicy.from_adapter(…)"
         )
     _check(how)
-    for quota in ("max_clients", "max_round_bytes"):
-        if getattr(policy, quota) is not None:
-            raise OptionError(
-                f"the policy has {quota}: one client would keep another out, and the sum would move by both; leave it "
-                "away (Privacy.rate says how many to expect)"
-            )
+    if policy.max_clients is not None or policy.max_round_bytes is not None:
+        raise OptionError(
+            "the policy has max_clients or max_round_bytes: one client would decide whether another finds room, so that "
+            "nobody knows how far one can move the sum; give a policy without (sampling bounds who comes)"
+        )
     public = reference if reference is None or isinstance(reference, Adapter) else Adapter.load(reference)
     made = Mechanism(privacy, policy, public)
     privacy.ledger.check(privacy.charge, privacy.delta, privacy.max_epsilon)
@@ -97,6 +97,11 @@ def _check(how: Summed) -> None:
         raise OptionError(
             f"defence {defence.name!r} judges each client by the others, so that nobody knows how far one can move the "
             "sum; leave it away (clipping bounds every client already)"
+        )
+    if how.quorum:
+        raise OptionError(
+            "min_clients or min_weight: whether there is an update would tell who came, and no noise is on that; leave "
+            "them away"
         )
 
 
