@@ -128,6 +128,16 @@ def test_a_global_update_comes_at_the_model_s_ranks(options: dict[str, Any]) -> 
         torch.testing.assert_close(got.delta(layer), update.delta(layer, got.rank(layer)), rtol=1e-5, atol=1e-6)
 
 
+def test_heads_come_with_a_global_update_and_keep_their_moments() -> None:
+    clients = [ff.Adapter.from_peft(language_model(seed, 3, modules_to_save=["lm_head"])) for seed in range(2)]
+    model = language_model(9, modules_to_save=["lm_head"])
+    optimizer = adam_after_steps(model)
+    receive(model, ff.aggregate(clients), optimizer=optimizer)
+    ((key, head),) = ff.Adapter.from_peft(model).extras.items()
+    torch.testing.assert_close(head, (clients[0].extras[key] + clients[1].extras[key]) / 2)
+    assert [tuple(parameter.shape) for parameter in optimizer.state] == [tuple(head.shape)]
+
+
 def test_a_global_update_at_another_rank_asks_for_a_new_optimizer() -> None:
     update = ff.aggregate([ff.Adapter.from_peft(language_model(seed, 4)) for seed in range(2)], rank=8)
     model = language_model(9, **PATTERNED)
@@ -270,6 +280,26 @@ def test_examples_are_counted(tmp_path: Path) -> None:
     trainer_for(model, tmp_path, callback, data=rows(16), max_steps=3).train()
     trainer_for(model, tmp_path, callback, data=Stream(), max_steps=3, gradient_accumulation_steps=2).train()
     assert weights == [20, 12, 24]
+
+
+def test_rounds_see_other_examples_where_torch_is_seeded_anew(tmp_path: Path) -> None:
+    """What the callback's docstring warns of: Trainer shuffles by torch's initial seed, alike in each ``train()``."""
+    seen: list[int] = []
+
+    class Watched(list[dict[str, Tensor]]):
+        def __getitem__(self, index: Any) -> Any:
+            seen.append(int(index))
+            return super().__getitem__(index)
+
+    trainer = trainer_for(language_model(), tmp_path, FlexLoRACallback(), data=Watched(rows(40)), max_steps=1)
+    rounds = []
+    for seed in (1, None, 2):
+        if seed is not None:
+            torch.manual_seed(seed)
+        seen.clear()
+        trainer.train()
+        rounds.append(seen[:4])
+    assert rounds[0] == rounds[1] != rounds[2]
 
 
 def test_another_rank_under_a_trainer_is_refused_and_a_new_one_takes_it(tmp_path: Path) -> None:

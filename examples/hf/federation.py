@@ -59,6 +59,7 @@ class Federation:
         """All clients train and submit, the server aggregates, each is sent its own, and each is tested with it."""
         number = len(self.rounds) + 1
         self.round = ff.Aggregator(policy=self.policy, progress=False)
+        torch.manual_seed(number)  # Trainer shuffles by it, and would take the last round's examples again
         losses = []
         for trainer in self.trainers.values():
             try:

@@ -102,6 +102,9 @@ class FlexLoRACallback(TrainerCallback):
             as ``Aggregator.add`` or ``Round.add``. The weight is the number of examples trained on.
         client: the name to submit under. adapter_name: of the adapter in the model.
 
+    ``Trainer`` shuffles its data by torch's initial seed, anew in each ``train()``: a round of less than an epoch sees
+    the examples of the last one again, unless ``torch.manual_seed`` is called with another seed before.
+
     What they raise ends ``Trainer.train``: a rank that changes (``RankError``: give it to :func:`receive` before a new
     ``Trainer`` is made), an adapter that does not fit, a submission that the server refuses.
 
