@@ -89,11 +89,11 @@ def add_weighted_adapter(
     >>> import torch
     >>> from peft import LoraConfig, get_peft_model
     >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, use_rslora=True)
-    >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(5, 4)), config, "a")
-    >>> model.add_adapter("b", config)
-    >>> add_weighted_adapter(model, ["a", "b"], [0.7, -0.2], "sum", svd_rank=4)
+    >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(5, 4)), config, "first")
+    >>> model.add_adapter("second", config)
+    >>> add_weighted_adapter(model, ["first", "second"], [0.7, -0.2], "sum", svd_rank=4)
     >>> layer = model.get_submodule("base_model.model.0")
-    >>> expected = 0.7 * layer.get_delta_weight("a") - 0.2 * layer.get_delta_weight("b")
+    >>> expected = 0.7 * layer.get_delta_weight("first") - 0.2 * layer.get_delta_weight("second")
     >>> torch.allclose(layer.get_delta_weight("sum"), expected, atol=1e-6)
     True
     """
