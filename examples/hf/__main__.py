@@ -30,8 +30,8 @@ def told(result: Round) -> str:
 def federate(arguments: argparse.Namespace, out: Path) -> Federation:
     asked = demo_data.read_questions(demo_data.unpack(demo_data.QUESTIONS, arguments.data) / "question_labels.txt")
     if arguments.sft:
-        return tasks.chats(tasks.smollm2(arguments.data), asked, out, arguments.steps)
-    return tasks.classifiers(demo_data.unpack(demo_data.MODEL, arguments.data), asked, out, arguments.steps)
+        return tasks.chats(tasks.smollm2(arguments.data), asked, out, arguments.steps or 4)
+    return tasks.classifiers(demo_data.unpack(demo_data.MODEL, arguments.data), asked, out, arguments.steps or 8)
 
 
 def main(given: Sequence[str] | None = None) -> Federation:
@@ -39,7 +39,7 @@ def main(given: Sequence[str] | None = None) -> Federation:
     parser = argparse.ArgumentParser(prog="python -m examples.hf", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--sft", action="store_true", help="trl's SFTTrainer on SmolLM2-135M (needs the extra 'hf')")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per client and round")
+    parser.add_argument("--steps", type=int, help="optimizer steps per client and round (default: 8, with --sft 4)")
     parser.add_argument("--data", type=Path, default=Path(".demo-data"), help="folder with the wheels")
     arguments = parser.parse_args(given)
     demo_train.settle()
