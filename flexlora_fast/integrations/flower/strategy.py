@@ -334,7 +334,7 @@ class FlexLoRAStrategy(FedAvg):
         ranks = self._carried_ranks(self._carried)
         there = {layer: rank for layer, rank in ranks.items() if layer in update}
         adapter = update.adapter(config=note.config_at(self.policy, there))
-        return wire.to_record(self._carried.state_dict() | adapter.state_dict())
+        return wire.to_record(self._carried.state_dict() | adapter.state_dict() | dict(update.extras))
 
     def _learn(self, update: GlobalUpdate) -> None:
         self._learnt |= {_node(client.name): dict(client.ranks) for client in update.clients}

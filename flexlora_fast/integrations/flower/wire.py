@@ -38,7 +38,7 @@ _DTYPES = {
 _LONGEST = 1024  # bytes of a .npy header; np.save writes 118 for arrays of few dimensions
 # What np.save writes (numpy.lib.format, versions 1.0 and 2.0), and nothing else: it is never evaluated.
 _NPY = re.compile(
-    rb"\{'descr': '([<>|=][a-z]\d{1,2})', 'fortran_order': (False|True), "
+    rb"\{'descr': '([<>|=][A-Za-z]\d{0,2})', 'fortran_order': (False|True), "
     rb"'shape': \(((?:\d{1,19}, ?)*(?:\d{1,19})?)\), \} *\n"
 )
 
