@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -78,11 +79,14 @@ def app(train: Train, *mods: Any) -> ClientApp:
 
 
 class LocalGrid(Grid):
-    """Nodes by id; replies come in the order of ``pull_messages``. ``sent`` keeps every message, by node."""
+    """Nodes by id, with their configs and the run's. ``sent`` and ``received`` keep every message, by node."""
 
-    def __init__(self, apps: dict[int, ClientApp], configs: dict[int, dict[str, Any]]) -> None:
-        self.apps, self.configs = apps, configs
-        self.sent: dict[int, list[Message]] = {node: [] for node in apps}
+    def __init__(
+        self, apps: dict[int, ClientApp], configs: dict[int, dict[str, Any]], run_config: dict[str, Any] | None = None
+    ) -> None:
+        self.apps, self.configs, self.run_config = apps, configs, run_config or {}
+        self.sent: dict[int, list[Message]] = defaultdict(list)
+        self.received: dict[int, list[Message]] = defaultdict(list)
         self._replies: dict[str, Message] = {}
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
@@ -107,11 +111,13 @@ class LocalGrid(Grid):
             message.metadata.__dict__["_message_id"] = ids[-1]
             self.sent[node].append(message)
             copy = Message(RecordDict(dict(message.content)), metadata=message.metadata)
-            context = Context(1, node, self.configs.get(node, {}), RecordDict(), {})
+            context = Context(1, node, self.configs.get(node, {}), RecordDict(), self.run_config)
             try:
-                self._replies[ids[-1]] = self.apps[node](copy, context)
+                reply = self.apps[node](copy, context)
             except Exception as error:  # as a SuperNode does
-                self._replies[ids[-1]] = Message(Error(2, repr(error)), reply_to=message)
+                reply = Message(Error(2, repr(error)), reply_to=message)
+            self._replies[ids[-1]] = reply
+            self.received[node].append(reply)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

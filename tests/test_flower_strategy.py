@@ -278,7 +278,7 @@ def test_a_bad_reply_is_refused_and_changes_nothing(name: str) -> None:
     bad, code = HOSTILE[name]
     alone = undisturbed()
     grid = three()
-    grid.apps[9], grid.sent[9] = app(lambda message, context: bad()), []
+    grid.apps[9] = app(lambda message, context: bad())
     run = FlexLoRAStrategy(flower.policy(), ranks=RANKS | {9: 4})
     result = run.start(grid, flower.initial(), num_rounds=2)
     assert result.arrays == alone.arrays  # to the last bit
@@ -300,7 +300,7 @@ def test_a_bad_reply_is_refused_and_changes_nothing(name: str) -> None:
 def test_flowers_own_driver_takes_no_harm_either() -> None:
     """``Strategy.start`` hands over all replies at once; only decoding them is then out of our hands."""
     grid = three()
-    grid.apps[9], grid.sent[9] = app(lambda message, context: 1 / 0), []
+    grid.apps[9] = app(lambda message, context: 1 / 0)
     run = FlexLoRAStrategy(flower.policy(), ranks=RANKS | {9: 4})
     result = Strategy.start(run, grid, flower.initial(), num_rounds=2)
     assert result.train_metrics_clientapp[2]["flexlora-refused-failed"] == 1
