@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
-from flexlora_fast import defence, errors, methods
+from flexlora_fast import defence, errors, journal, methods
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.gate import RoundPolicy
+from flexlora_fast.journal import Receipt, Round
 from flexlora_fast.oneshot import aggregate
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
@@ -21,10 +22,13 @@ __all__ = [
     "ClientRecord",
     "GlobalUpdate",
     "LayerUpdate",
+    "Receipt",
     "Refusal",
+    "Round",
     "RoundPolicy",
     "aggregate",
     "defence",
     "errors",
+    "journal",
     "methods",
 ]

@@ -13,7 +13,7 @@ import torch
 from flexlora_fast import defence as defences
 from flexlora_fast import devices, finishing, memory, methods
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.admission import Admission, check_name, check_values
+from flexlora_fast.admission import Admission, check_name, check_values, is_weight
 from flexlora_fast.backends import cpu
 from flexlora_fast.defence import Coordinates, Defence, Verdict, judging
 from flexlora_fast.errors import (
@@ -21,11 +21,13 @@ from flexlora_fast.errors import (
     EmptyRoundError,
     FlexLoRAError,
     OptionError,
+    QuorumError,
     RankError,
     WeightError,
 )
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.gate.entrance import Entrance, Source
+from flexlora_fast.gate.intake import Upload
 from flexlora_fast.incremental import GramTable, KeptGrams
 from flexlora_fast.kernels import obstacle
 from flexlora_fast.layouts import LayerSpec
@@ -79,6 +81,8 @@ class Aggregator:
             it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones. The rules
             "median" and "trimmed-mean" take each entry of the dense updates by itself instead, tile by tile, with
             solver "dense" whatever ``solver`` says; they give no verdicts.
+        min_clients, min_weight: how many clients of positive weight, and what sum of their weights as given, ``finish``
+            asks for; those that a defence rejects do not count.
 
     >>> import torch, flexlora_fast as ff
     >>> agg = ff.Aggregator(rank=2)
@@ -108,6 +112,8 @@ class Aggregator:
         spool: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
         defence: str | Defence | Coordinates | None = None,
+        min_clients: int = 1,
+        min_weight: float = 0.0,
     ) -> None:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise RankError(f"rank is {rank!r}; give an integer ≥ 1, or None for the largest that clients send")
@@ -126,6 +132,11 @@ class Aggregator:
         self.read, self.results, self.progress = read, results, progress
         self.policy, self._entrance = policy, Entrance(policy, spool)
         self.defence = defences.get(defence)
+        if isinstance(min_clients, bool) or not isinstance(min_clients, int) or min_clients < 1:
+            raise OptionError(f"min_clients is {min_clients!r}; give an integer ≥ 1")
+        if not is_weight(min_weight):
+            raise OptionError(f"min_weight is {min_weight!r}; give a finite number ≥ 0")
+        self.min_clients, self.min_weight = min_clients, min_weight
         if isinstance(self.defence, Coordinates) and not self.method.uniform:
             raise OptionError(
                 f"defence {self.defence.name!r} takes the place of the sum over clients, which method "
@@ -139,6 +150,7 @@ class Aggregator:
         kernels = self.device.type == "cuda" and obstacle() is None
         self._resident = Resident(self.device) if kernels else None
         self._stored = Stored() if kernels else None
+        self._timed = True  # whether wall times go into the file of ``finish(out=…)``
         self._suspicious = False  # whether a client's values turned out bad in ``finish``
         self._started = time.perf_counter()
 
@@ -149,7 +161,7 @@ class Aggregator:
 
     def name_for(self, adapter: Source) -> str:
         """The name a client gets when none is given: the adapter's own, its path, or a running number."""
-        if isinstance(adapter, Adapter | bytes):
+        if isinstance(adapter, Adapter | bytes | Upload):
             given = adapter.client if isinstance(adapter, Adapter) else None
             return given or f"client-{len(self._clients) + len(self.refused):04d}"
         return PurePath(os.path.normpath(adapter)).as_posix()
@@ -190,6 +202,7 @@ class Aggregator:
             error.at(client=str(name))  # str: a name may be refused for being none
             self.refused.append(Refusal(str(name), str(error), error.code))
             raise
+        self._entrance.keep(source, name, float(weight))
         checked = self.read == "add" or self.policy is not None
         self._clients[name] = Client(name, held, float(weight), source, checked=checked)
         self._kept += held.skeleton.nbytes if held is not source else 0
@@ -212,6 +225,7 @@ class Aggregator:
 
         Raises:
             EmptyRoundError: no client was accepted, or the defence rejects all. WeightError: all weights are zero.
+            QuorumError: less than ``min_clients`` or ``min_weight``; add more clients, and call it again.
             OptionError: a layer that does not fit ``memory_limit`` in any way, before anything is computed.
             AdapterError: a client whose values are bad (``read="finish"``), or whose file cannot be read any more. It
                 is refused; call ``finish`` again to go on without it, then all others are checked first. Without a
@@ -225,6 +239,7 @@ class Aggregator:
         grams = KeptGrams(self._grams, (self.memory_limit - there) // 4)
         judged, verdicts = self._judged(grams)
         clients = [client for client in judged if client.share > 0]
+        self._check_quorum(clients)
         work = Work(clients, self._settings(), grams, self._resident, self._stored)
         frame = GlobalUpdate(
             layer_updates={},
@@ -242,7 +257,7 @@ class Aggregator:
             if out is None:
                 update = finishing.to_memory(work, frame, budget, self.progress)
             else:
-                update = finishing.to_file(work, frame, budget, self.progress, Path(out))
+                update = finishing.to_file(work, frame, budget, self.progress, Path(out), self._timed)
         except AdapterError as error:
             if error.client in self._clients:
                 self._refuse(error.client, error)
@@ -327,6 +342,15 @@ class Aggregator:
             client.share = weight / total
         return clients
 
+    def _check_quorum(self, clients: list[Client]) -> None:
+        """Raise ``QuorumError`` where those that the update would be made of are too few, or weigh too little."""
+        weight = sum(client.weight for client in clients)  # which may be infinite
+        if len(clients) < self.min_clients or weight < self.min_weight:
+            raise QuorumError(
+                f"{len(clients)} clients of weight {weight:g} in all are there, the round asks for {self.min_clients} "
+                f"of {self.min_weight:g}; wait for more, or lower min_clients or min_weight"
+            )
+
     def _judged(self, grams: KeptGrams) -> tuple[list[Client], list[Verdict]]:
         """``_weighted`` after the defence: a client that it rejects has share 0. Bad values are refused on the way."""
         if isinstance(self.defence, Coordinates):
@@ -357,14 +381,20 @@ class Aggregator:
         self._suspicious = False
 
     def _refuse(self, name: str, error: AdapterError) -> None:
-        """Take an accepted client out again; what it settled is open."""
+        """Refuse an accepted client after all."""
+        self.refused.append(Refusal(name, str(error), error.code))
+        self._take_out(name)
+
+    def _take_out(self, name: str) -> None:
+        """Let an accepted client be one that never came; what it settled is open."""
         gone = self._clients.pop(name)
         self._kept -= gone.source.skeleton.nbytes if gone.adapter is not gone.source else 0
         if self._resident is not None:
             self._resident.drop(name)
         if self._stored is not None:
             self._stored.drop(name)
-        self.refused.append(Refusal(name, str(error), error.code))
+        if self._grams is not None:
+            self._grams.forget(name)
         self._entrance.drop(gone.source)
         self._admission = Admission()
         for client in self._clients.values():

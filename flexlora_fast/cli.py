@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console, RenderableType
 
 from flexlora_fast import __version__, inputs, methods, outputs, tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import MISSING, Aggregator
+from flexlora_fast.cli_round import app as round_app
+from flexlora_fast.console import DTYPES, Full, Json, failures, note, one_of, parse_ranks, print_json, show, usage
 from flexlora_fast.defence import RULES
-from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError, OptionError, RankError, WeightError
+from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError
 from flexlora_fast.factors import SPLITS
 from flexlora_fast.inputs import Source
 from flexlora_fast.inspection import Inspection
@@ -26,8 +25,6 @@ from flexlora_fast.lowrank.plan import SOLVERS
 from flexlora_fast.progress import track
 from flexlora_fast.report import Report, refusal_table
 from flexlora_fast.update import GlobalUpdate, Refusal
-
-DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 app = typer.Typer(
     name="flexlora-fast",
@@ -38,8 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # their tracebacks show local variables: whole tensors
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
-Full = Annotated[bool, typer.Option("--full", help="List every layer, however many there are.")]
+
+app.add_typer(round_app)
 
 
 def main() -> None:
@@ -141,18 +138,18 @@ def aggregate(
     OUT gets the adapters, global_update.safetensors, report.json, report.md, energy.png and spectrum.png. A client
     that cannot be used is refused with its reason, and the round goes on without it.
     """
-    with _failures(), _usage():
+    with failures(), usage():
         sources, skipped = inputs.find(folders)
         outputs.check(out, [source.path for source in sources], force)
         shares, unknown = inputs.read_weights(weights, sources) if weights else ([1.0] * len(sources), [])
-        wanted = _ranks(ranks)
-        writing = {"split": _one_of("--split", split, SPLITS), "dtype": DTYPES[_one_of("--dtype", dtype, DTYPES)]}
-        gap = _one_of("--missing", missing, MISSING)
+        wanted = parse_ranks(ranks)
+        writing = {"split": one_of("--split", split, SPLITS), "dtype": DTYPES[one_of("--dtype", dtype, DTYPES)]}
+        gap = one_of("--missing", missing, MISSING)
     for what, names in (("holds no adapter, passed over", skipped), ("weight of no client, unused", unknown)):
         if names:
-            _note(f"{what}: {', '.join(map(str, names[:5]))}{' …' if len(names) > 5 else ''}")
+            note(f"{what}: {', '.join(map(str, names[:5]))}{' …' if len(names) > 5 else ''}")
     per_client = per_client or not wanted
-    with _failures():
+    with failures():
         loaded, refused = _load(sources, shares)
         keep = rank if rank is not None else _needed(wanted, [a for _, a, _ in loaded] if per_client else [])
 
@@ -160,19 +157,19 @@ def aggregate(
             limited = {"memory_limit": memory_limit, "read": read, "missing": gap, "defence": defence}
             return _filled(Aggregator(keep, method, solver, tol, device, seed, **limited), loaded, refused, strict)
 
-        with _usage():
+        with usage():
             round_ = fresh("finish")
         absent = [name for name, _, weight in loaded if weight == 0 and name in round_.clients]
         if absent:
-            _note(f"weight 0, so absent from the round and without an adapter: {', '.join(absent)}")
+            note(f"weight 0, so absent from the round and without an adapter: {', '.join(absent)}")
         with outputs.staged(out) as folder:
             update = _finished(round_, fresh, folder / outputs.UPDATE_NAME)
             document = outputs.write(update, folder, ranks=wanted, per_client=per_client, **writing)
             report = Report(update, document["ranks"])
     if as_json:
-        _print_json(document | {"out": str(out)})
+        print_json(document | {"out": str(out)})
         return
-    _show(report.view(full or None))
+    show(report.view(full or None))
     print(f"written to {tables.clean(out)}")
 
 
@@ -188,7 +185,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show layers, ranks, scales, norms and spectrum of an adapter or a global update."""
-    with _failures():
+    with failures():
         if path.is_dir() and not inputs.is_adapter(path) and (path / outputs.UPDATE_NAME).is_file():
             path = path / outputs.UPDATE_NAME
         seen: Report | Inspection
@@ -197,9 +194,9 @@ def inspect(
         else:
             seen = Inspection(Adapter.load(path, client=inputs.distinct_names([path])[0]))
         if as_json:
-            _print_json(seen.to_dict())
+            print_json(seen.to_dict())
         else:
-            _show(seen.view(full or None))
+            show(seen.view(full or None))
 
 
 @app.command()
@@ -212,9 +209,9 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         names = ("name", "status", "detail", "remedy")
         found = [{name: getattr(check, name) for name in names} for check in checks]
-        _print_json({"format": "flexlora_fast.doctor/1", "healthy": not broken, "checks": found})
+        print_json({"format": "flexlora_fast.doctor/1", "healthy": not broken, "checks": found})
     else:
-        _show(_doctor_table(checks))
+        show(_doctor_table(checks))
     raise typer.Exit(int(broken))
 
 
@@ -234,15 +231,15 @@ def bench(
     """
     from flexlora_fast import bench as trial
 
-    with _usage():
+    with usage():
         m, n = trial.parse_shape(shape)
-        wanted = _ranks(ranks, distinct=False)
-    with _failures():
+        wanted = parse_ranks(ranks, distinct=False)
+    with failures():
         result = trial.compare(m, n, wanted, layers=layers, tol=tol, repeats=repeats)
         if as_json:
-            _print_json(result)
+            print_json(result)
         else:
-            _show(trial.view(result))
+            show(trial.view(result))
 
 
 def _load(
@@ -268,7 +265,7 @@ def _filled(
             round_.add(adapter, weight, client=name)
     round_.refused.sort(key=lambda refusal: refusal.client)
     if round_.refused and (strict or not round_.clients):
-        _show(refusal_table(round_.refused), sys.stderr)
+        show(refusal_table(round_.refused), sys.stderr)
         why = "--strict was asked for" if strict else "no client is left"
         raise EmptyRoundError(
             f"{len(round_.refused)} of {len(loaded) + len(refused)} clients refused and {why}; nothing was written"
@@ -295,25 +292,6 @@ def _needed(ranks: Sequence[int], adapters: Sequence[Adapter]) -> int | None:
     return max([*ranks, *(rank for adapter in adapters for rank in adapter.skeleton.ranks.values())])
 
 
-def _ranks(text: str | None, distinct: bool = True) -> list[int]:
-    """``"8,16"`` as numbers, sorted and each once where ``distinct``."""
-    if text is None:
-        return []
-    items = [item.strip() for item in text.split(",")]
-    bad = [item for item in items if not (item.isascii() and item.isdecimal() and int(item) >= 1)]
-    if bad:
-        raise RankError(f"--ranks has {bad[0]!r}; give whole numbers ≥ 1, such as 8,16,64")
-    values = [int(item) for item in items]
-    return sorted(set(values)) if distinct else values
-
-
-def _one_of(option: str, value: str, known: Any) -> Any:
-    """``value``, if it is known. (typer has taken ``Literal`` for this only since 0.19.)"""
-    if value not in known:
-        raise OptionError(f"{option} is {value!r}; give one of {', '.join(known)}")
-    return value
-
-
 def _doctor_table(checks: Sequence[Any]) -> Any:
     from rich.text import Text
 
@@ -321,43 +299,3 @@ def _doctor_table(checks: Sequence[Any]) -> Any:
     rows = [[marks[c.status], c.name, c.detail, c.remedy or ""] for c in checks]
     columns = ["status", "what", "found", "what to do"]
     return tables.table("", columns, rows, left=columns)
-
-
-@contextlib.contextmanager
-def _usage() -> Iterator[None]:
-    """A wrong argument ends with exit code 2 and how to do it right."""
-    try:
-        yield
-    except (OptionError, RankError, WeightError) as error:
-        raise typer.BadParameter(tables.clean(error)) from error
-
-
-@contextlib.contextmanager
-def _failures() -> Iterator[None]:
-    """What can go wrong in the world ends with exit code 1 and a message; a traceback is for bugs."""
-    try:
-        yield
-    except (FlexLoRAError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        _fail(str(error) or type(error).__name__)
-
-
-def _fail(message: str) -> NoReturn:
-    _note(f"error: {message}")
-    raise typer.Exit(1)
-
-
-def _note(message: str) -> None:
-    print(tables.clean(message), file=sys.stderr)
-
-
-def _show(what: RenderableType, stream: TextIO | None = None) -> None:
-    """As wide as the terminal; in a pipe as plain text, wide enough for the tables."""
-    console = Console(file=stream or sys.stdout, highlight=False)
-    if console.is_terminal:
-        console.print(what)
-    else:
-        print(tables.plain(what), file=stream or sys.stdout)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=1, allow_nan=False))

@@ -50,6 +50,12 @@ class IncompatibleAdapterError(AdapterError):
     code = "incompatible"
 
 
+class UnreadableError(AdapterError):
+    """A file that was fine when it was opened and cannot be read any more, or is another one now: no fault of values
+    or shapes.
+    """
+
+
 class RefusedError(AdapterError):
     """An upload that a ``RoundPolicy`` does not admit.
 
@@ -79,6 +85,24 @@ class WeightError(FlexLoRAError, ValueError):
 
 class EmptyRoundError(FlexLoRAError, ValueError):
     """A round without any accepted client, or whose clients adapt no layer at all."""
+
+
+class QuorumError(EmptyRoundError):
+    """Fewer clients, or less weight, than the server asked for. The round stays as it is: add more and finish again."""
+
+    code = "quorum"
+
+
+class JournalError(FlexLoRAError, RuntimeError):
+    """The folder of a journalled round cannot be written, read or locked. What was acknowledged is not lost by it."""
+
+    code = "journal"
+
+
+class DamagedRoundError(JournalError):
+    """A journalled round that lost something it had acknowledged. ``status()`` lists what, and what to do."""
+
+    code = "damaged"
 
 
 class RankError(FlexLoRAError, ValueError):

@@ -30,8 +30,14 @@ def to_memory(work: Work, frame: GlobalUpdate, budget: int, progress: bool | Non
     return dataclasses.replace(frame, layer_updates=layers, extras=averages, seconds=seconds)
 
 
-def to_file(work: Work, frame: GlobalUpdate, budget: int, progress: bool | None, out: Path) -> GlobalUpdate:
-    """The same, each layer written to ``out`` as soon as it is solved. The file appears whole or not at all."""
+def to_file(
+    work: Work, frame: GlobalUpdate, budget: int, progress: bool | None, out: Path, timed: bool
+) -> GlobalUpdate:
+    """The same, each layer written to ``out`` as soon as it is solved. The file appears whole or not at all.
+
+    ``timed``: whether wall times go into the file, which then differs from run to run.
+    """
+    seconds: dict[str, float] = {}
 
     def write(to: str) -> None:
         specs, forms = [layer.spec for layer in work.plans], extras.forms(work.clients)
@@ -41,11 +47,12 @@ def to_file(work: Work, frame: GlobalUpdate, budget: int, progress: bool | None,
             solved = time.perf_counter()
             for key in writer.extras:
                 writer.add_extra(key, extras.average(key, work.clients, work.settings.coordinates))
-            writer.finish(frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved})
+            seconds.update(frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved})
+            writer.finish(seconds if timed else {})
 
     out.parent.mkdir(parents=True, exist_ok=True)
     files.replace(out, write)
-    return storage.load(out)
+    return dataclasses.replace(storage.load(out), seconds=seconds)
 
 
 def solve_layers(work: Work, budget: int, take: Callable[[LayerUpdate], None], progress: bool | None) -> None:

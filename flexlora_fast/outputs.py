@@ -19,9 +19,9 @@ from flexlora_fast.folder import CONFIG_NAME, WEIGHTS_NAME
 from flexlora_fast.inputs import folder_names
 from flexlora_fast.progress import track
 from flexlora_fast.report import Report
+from flexlora_fast.storage import UPDATE_NAME
 from flexlora_fast.update import GlobalUpdate
 
-UPDATE_NAME = "global_update.safetensors"
 REPORT_NAME = "report.json"
 
 

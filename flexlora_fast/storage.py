@@ -25,6 +25,7 @@ from flexlora_fast.tensorfile import TensorFile, TensorWriter
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
 FORMAT = "flexlora_fast.global_update/3"
+UPDATE_NAME = "global_update.safetensors"  # in the folder of a round
 _PADDING = "padding"
 # Bytes of the header for the dtype, shape and offsets of one tensor, and for the numbers of one layer; generous.
 _ENTRY, _FACTS = 400, 400

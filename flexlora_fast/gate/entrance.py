@@ -9,9 +9,10 @@ import weakref
 
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import AdapterError, OptionError
+from flexlora_fast.gate.intake import Upload
 from flexlora_fast.gate.policy import RoundPolicy, discard
 
-Source = Adapter | str | os.PathLike[str] | bytes
+Source = Adapter | str | os.PathLike[str] | bytes | Upload
 
 
 class Entrance:
@@ -34,7 +35,7 @@ class Entrance:
         Raises ``AdapterError``, with a policy ``RefusedError``.
         """
         if self.policy is None:
-            if isinstance(source, bytes):
+            if isinstance(source, bytes | Upload):
                 raise AdapterError("bytes do not tell their scales; give the round a policy, or an Adapter")
             return source if isinstance(source, Adapter) else Adapter.load(source, client=client)
         if isinstance(source, Adapter):
@@ -43,6 +44,9 @@ class Entrance:
         adapter = self.policy.admit(source, client=client, weight=weight, spool=self._folder())
         self._copies.add(adapter)
         return adapter
+
+    def keep(self, adapter: Adapter, client: str, weight: float) -> None:
+        """Called once all checks are passed, before the client counts: a journal makes it durable here."""
 
     def drop(self, adapter: Adapter) -> None:
         """Remove the copy of a client that is refused after all, if there is one."""

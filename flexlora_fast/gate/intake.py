@@ -27,6 +27,11 @@ _SAVE = "save it with peft's save_pretrained"
 _SAFE = "have the client save with save_pretrained(..., safe_serialization=True)"
 
 
+# Where copies go: a folder; a function that makes each new file and returns its descriptor and path; or None for the
+# folder of temporary files, where a copy has no name any more once it is made.
+Spool = str | os.PathLike[str] | Callable[[], tuple[int, str]] | None
+
+
 @dataclass(frozen=True)
 class Upload:
     """The weights as they came, and the config beside them, if any.
@@ -41,10 +46,13 @@ class Upload:
 
 @contextlib.contextmanager
 def opened(source: object, longest_config: int) -> Iterator[Upload]:
-    """The upload at a path (a PEFT folder or a safetensors file), or in ``bytes``.
+    """The upload at a path (a PEFT folder or a safetensors file), or in ``bytes``; an ``Upload`` as it is.
 
     Raises ``RefusedError``: not-found, not-a-file, pickle, config (longer than ``longest_config``), content.
     """
+    if isinstance(source, Upload):
+        yield source
+        return
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
         yield Upload(lambda count, offset: data[offset : offset + count], len(data))
@@ -109,10 +117,10 @@ def _bad_header(first: bytes, error: BadFileError, longest: int) -> RefusedError
     return RefusedError(f"its weights are not a readable safetensors file: {cut}", code=Reason.HEADER, value=text)
 
 
-def copied(upload: Upload, index: Index, spool: str | os.PathLike[str] | None) -> TensorFile:
-    """A private copy in folder ``spool``, which nobody but this user can read, under a name of its own.
+def copied(upload: Upload, index: Index, spool: Spool) -> TensorFile:
+    """A private copy, which nobody but this user can read, under a name of its own (see ``Spool``).
 
-    ``spool=None``: in the folder for temporary files, where it has no name any more once this returns.
+    The upload is read once, in order, from its first byte on, and those bytes are what is written.
 
     Raises ``RefusedError`` (changed) where the copy is not what ``index`` said; ``OSError`` where it cannot be written.
     """
@@ -140,8 +148,10 @@ def copied(upload: Upload, index: Index, spool: str | os.PathLike[str] | None) -
     return file
 
 
-def _new_file(spool: str | os.PathLike[str] | None) -> tuple[int, str]:
+def _new_file(spool: Spool) -> tuple[int, str]:
     """A new, empty file of this user alone; nothing of its name comes from a client."""
+    if callable(spool):
+        return spool()
     if spool is None:
         return tempfile.mkstemp(prefix="flexlora-")
     path = os.path.join(os.fspath(spool), f"{secrets.token_hex(16)}.safetensors")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Required, TypedDict, Unpack
 from weakref import WeakValueDictionary
 
@@ -15,9 +17,11 @@ from flexlora_fast.adapter import Adapter
 from flexlora_fast.admission import check_name, is_weight
 from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError, OptionError, RefusedError, shown
-from flexlora_fast.gate import claims, intake, norms
+from flexlora_fast.gate import claims, intake, norms, stored
+from flexlora_fast.gate.intake import Spool, Upload
 from flexlora_fast.gate.manifest import Manifest
 from flexlora_fast.gate.reasons import Reason
+from flexlora_fast.gate.reference import Reference
 from flexlora_fast.layouts import FACTOR_DTYPES, PREFIX, LayerSpec
 from flexlora_fast.skeleton import Form, Skeleton
 from flexlora_fast.tensorfile import Index, TensorFile
@@ -71,8 +75,8 @@ class RoundPolicy:
     flexlora_fast.errors.RefusedError: client 'b', layer 'fc': ‖s·B·A‖_F is 5.543e+10, the policy allows 100; ...
     """
 
-    def __init__(self, skeleton: Skeleton, **rules: Unpack[Rules]) -> None:
-        self._reference = skeleton
+    def __init__(self, reference: Reference, **rules: Unpack[Rules]) -> None:
+        self.reference = reference
         self.ranks = rules["ranks"] if isinstance(rules["ranks"], range) else frozenset(rules["ranks"])
         self.scale_rule = rules.get("scale", "alpha")
         self.dtypes = frozenset(rules.get("dtypes", _DTYPES))
@@ -81,15 +85,14 @@ class RoundPolicy:
         self.max_norm = rules.get("max_norm", math.inf)
         self.max_extra_norm = rules.get("max_extra_norm", math.inf)
         self._check_rules()
-        extras = {key: skeleton.forms[key] for key in skeleton.extra_keys}
-        self._manifest = Manifest(skeleton.specs, skeleton.bias_keys, extras, self.ranks, self.dtypes)
+        self._manifest = Manifest(reference.specs, reference.bias_keys, reference.extras, self.ranks, self.dtypes)
         wanted = rules.get("max_bytes")
         needed = 8 + self._manifest.longest_header + self._manifest.longest_data
         if wanted is not None and (not _is_count(wanted) or wanted < 8):
             raise OptionError(f"max_bytes is {wanted!r}; give a number of bytes, or None for what the layers take")
         self.max_bytes = needed if wanted is None else min(wanted, needed)
         # Names of modules come up to three times: in both patterns, escaped, and in target_modules.
-        self.max_config_bytes = _CONFIG + sum(8 * (len(spec.pattern_name) + 16) for spec in skeleton.specs.values())
+        self.max_config_bytes = _CONFIG + sum(8 * (len(spec.pattern_name) + 16) for spec in reference.specs.values())
         self._skeletons: WeakValueDictionary[Any, Skeleton] = WeakValueDictionary()
 
     # -- ways to make one ---
@@ -98,12 +101,12 @@ class RoundPolicy:
     def from_adapter(cls, reference: Adapter | str | os.PathLike[str], **rules: Unpack[Rules]) -> RoundPolicy:
         """The layers, other tensors and config of an adapter of the server's own (or its trusted folder)."""
         adapter = reference if isinstance(reference, Adapter) else Adapter.load(reference)
-        return cls(adapter.skeleton, **rules)
+        return cls(Reference.of(adapter.skeleton), **rules)
 
     @classmethod
     def from_model(cls, model: Any, adapter_name: str = "default", **rules: Unpack[Rules]) -> RoundPolicy:
         """Those of a live PEFT model's adapter (needs ``peft``); the scale each layer has now is the reference's."""
-        return cls(Adapter.from_peft(model, adapter_name).skeleton, **rules)
+        return cls(Reference.of(Adapter.from_peft(model, adapter_name).skeleton), **rules)
 
     @classmethod
     def from_config(
@@ -127,19 +130,53 @@ class RoundPolicy:
             rank = configs.rank_for(plain, layer)
             state[f"{PREFIX}{layer}.lora_A.weight"] = torch.empty(rank, n, device="meta")
             state[f"{PREFIX}{layer}.lora_B.weight"] = torch.empty(m, rank, device="meta")
-        return cls(Skeleton.of(state, plain, None), **rules)
+        return cls(Reference.of(Skeleton.of(state, plain, None)), **rules)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RoundPolicy:
+        """The policy that ``save`` wrote.
+
+        Raises ``OptionError`` for a file that cannot be read, or has anything in it that ``save`` does not write.
+        """
+        return cls.from_json(stored.read(path))
+
+    @classmethod
+    def from_json(cls, document: Any) -> RoundPolicy:
+        """The policy of a ``to_json`` document; raises ``OptionError`` for any other."""
+        reference, rules = stored.from_json(document)
+        return cls(reference, **rules)
 
     # -- what it says ---
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, JSON-able, versioned (``"format"``); a scale function becomes a table of all layers and ranks.
+
+        >>> policy = RoundPolicy.from_config({"r": 8}, {"fc": (4, 3)}, ranks=(2, 8))
+        >>> RoundPolicy.from_json(policy.to_json()) == policy
+        True
+        """
+        return stored.to_json(self)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write ``to_json`` to a file, whole or not at all; ``load`` reads it. Returns its path."""
+        return stored.save(self, path)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both admit the same: that is whether their documents are equal."""
+        return isinstance(other, RoundPolicy) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_json(), sort_keys=True))
 
     @property
     def specs(self) -> dict[str, LayerSpec]:
         """The expected layers."""
-        return dict(self._reference.specs)
+        return dict(self.reference.specs)
 
     @property
     def config(self) -> Config:
         """The config that admitted adapters get, but for their ranks and alphas."""
-        return dict(self._reference.config)
+        return dict(self.reference.config)
 
     @property
     def names(self) -> list[str]:
@@ -151,18 +188,18 @@ class RoundPolicy:
         if callable(self.scale_rule):
             return float(self.scale_rule(layer, rank))
         if self.scale_rule == "constant":
-            return self._reference.scales[layer]
-        return configs.scale_for(self._reference.config, self._reference.specs[layer].pattern_name, rank)
+            return self.reference.scales[layer]
+        return configs.scale_for(self.reference.config, self.reference.specs[layer].pattern_name, rank)
 
     # -- the gate ---
 
     def admit(
         self,
-        upload: str | os.PathLike[str] | bytes,
+        upload: str | os.PathLike[str] | bytes | Upload,
         *,
         client: str,
         weight: float = 1.0,
-        spool: str | os.PathLike[str] | None = None,
+        spool: Spool = None,
         config: bytes | None = None,
     ) -> Adapter:
         """The adapter in an upload, or a refusal.
@@ -171,8 +208,9 @@ class RoundPolicy:
             upload: the path of a PEFT folder or of a safetensors file, or the bytes of one. Opened once, without
                 following links, and copied before its values are looked at: what happens to it later has no effect.
             weight: checked only.
-            spool: a folder of the server's own to keep the copy in; it stays there until the caller removes it (of a
-                refused client nothing stays). The adapter reads its tensors from it. None: they are kept in memory.
+            spool: a folder of the server's own to keep the copy in (or a function that makes the file there, and
+                returns its descriptor and path); it stays there until the caller removes it (of a refused client
+                nothing stays). The adapter reads its tensors from it. None: they are kept in memory.
             config: the content of the client's ``adapter_config.json``, for uploads that are no folder. Without it
                 the client is taken to have trained at the policy's scales.
 
@@ -186,8 +224,7 @@ class RoundPolicy:
             self._check_client(client, weight)
             with intake.opened(upload, self.max_config_bytes) as opened:
                 index = intake.index_of(opened, self.max_bytes, self._manifest.longest_header)
-                forms = {name: Form(entry.shape, entry.dtype) for name, entry in index.entries.items()}
-                ranks = self._manifest.ranks_of(forms)
+                forms, ranks = self._forms_and_ranks(index)
                 claimed = opened.config if opened.config is not None else config
                 if claimed is not None:
                     self._check_claims(claimed, ranks)
@@ -205,6 +242,17 @@ class RoundPolicy:
             error.at(client=shown_name(client))
             raise
 
+    def admitted(self, copy: str | os.PathLike[str], *, client: str) -> Adapter:
+        """The adapter in a copy that ``admit`` has left in its ``spool``, without another look at its values: the
+        caller knows that they are the same.
+
+        Raises ``AdapterError`` (``RefusedError``) where the copy is gone, or holds other tensors.
+        """
+        file = TensorFile(copy)
+        forms, ranks = self._forms_and_ranks(file.index)
+        skeleton = self._skeleton(file.index, forms, ranks)
+        return Adapter.of_skeleton(skeleton, file.renamed(skeleton.names), client)
+
     def check(self, adapter: Adapter, *, client: str, weight: float = 1.0) -> None:
         """Hold an adapter that was made in this process against the policy.
 
@@ -215,7 +263,7 @@ class RoundPolicy:
             self._check_client(client, weight)
             ranks = self._manifest.ranks_of(skeleton.forms)
             for layer, spec in skeleton.specs.items():
-                known = self._reference.specs[layer]
+                known = self.reference.specs[layer]
                 if (spec.kind, spec.experts) != (known.kind, known.experts):
                     raise RefusedError(
                         f"its {spec.kind} weight of {spec.experts} experts is not the policy's {known.kind} weight "
@@ -226,7 +274,7 @@ class RoundPolicy:
                         remedy="train on the base model of this round",
                     )
                 claims.check_scale(skeleton.scales[layer], self.scale(layer, ranks[layer]), layer)
-            claims.check_base(skeleton.config, self._reference.config)
+            claims.check_base(skeleton.config, self.reference.config)
             self._check_values(adapter, client)
         except RefusedError as error:
             error.at(client=shown_name(client))
@@ -249,9 +297,13 @@ class RoundPolicy:
                 remedy="give a smaller one, or the policy another max_weight",
             )
 
+    def _forms_and_ranks(self, index: Index) -> tuple[dict[str, Form], dict[str, int]]:
+        forms = {name: Form(entry.shape, entry.dtype) for name, entry in index.entries.items()}
+        return forms, self._manifest.ranks_of(forms)
+
     def _check_claims(self, claimed: bytes, ranks: Mapping[str, int]) -> None:
         config = claims.parse(claimed, self.max_config_bytes)
-        claims.check(config, self._reference.config, self._reference.specs, ranks, self.scale)
+        claims.check(config, self.reference.config, self.reference.specs, ranks, self.scale)
 
     def _check_values(self, adapter: Adapter, client: str) -> None:
         norms.check(adapter, client, self.max_layer_norm, self.max_norm, self.max_extra_norm)
@@ -262,7 +314,7 @@ class RoundPolicy:
         """
         known = self._skeletons.get(index.digest)
         if known is None:
-            of = self._reference
+            of = self.reference
             scales = {layer: self.scale(layer, rank) for layer, rank in ranks.items()}
             paths = {layer: spec.pattern_name for layer, spec in of.specs.items()}
             try:
@@ -277,7 +329,14 @@ class RoundPolicy:
                 ) from None
             names = {key: key for key in sorted(forms)}
             known = Skeleton(
-                config, of.specs, of.bias_keys, of.extra_keys, dict(ranks), scales, names, {k: forms[k] for k in names}
+                config,
+                of.specs,
+                of.bias_keys,
+                list(of.extras),
+                dict(ranks),
+                scales,
+                names,
+                {k: forms[k] for k in names},
             )
             self._skeletons[index.digest] = known
         return known
