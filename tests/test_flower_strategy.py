@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -473,3 +474,100 @@ def test_summary_says_what_is_sent(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="flwr"):
         FlexLoRAStrategy(flower.policy(), ranks=4).summary()
     assert "ranks allowed: [1, 2, 4, 8]" in caplog.text
+
+
+# -- rounds that survive their server ---
+
+
+def folders(directory: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in sorted(directory.glob("round-*/global_update.safetensors"))}
+
+
+class Died(BaseException):
+    """What ends a server in the middle of a round."""
+
+
+class Dying(LocalGrid):
+    """A grid whose server dies when it asks for its ``left``-th reply."""
+
+    left = 10**9
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        self.left -= 1
+        if self.left < 0:
+            raise Died
+        return super().pull_messages(message_ids)
+
+
+def dying(left: int) -> Dying:
+    grid = Dying({n: app(trains(r, seed=n, weight=10 * n)) for n, r in RANKS.items()}, three().configs)
+    grid.left = left
+    return grid
+
+
+@pytest.mark.parametrize("left", range(1, 9))
+def test_a_run_that_is_started_again_goes_on_in_the_middle_of_its_round(left: int, tmp_path: Path) -> None:
+    """Three rounds of three replies (and no evaluation): killed after each, the files come out the same to the byte."""
+
+    def run(name: str, grid: LocalGrid) -> Result:
+        run = FlexLoRAStrategy(flower.policy(), directory=tmp_path / name, fraction_evaluate=0.0)
+        return run.start(grid, flower.initial(), num_rounds=3)
+
+    whole = run("undisturbed", three())
+    first = dying(left)
+    with pytest.raises(Died):
+        run("killed", first)
+    again = three()
+    result = run("killed", again)
+    asked = {node: len(first.sent[node]) + len(again.sent[node]) for node in RANKS}
+    # Who was in the round is not asked again; who was asked and not heard is.
+    assert sum(len(again.sent[node]) for node in RANKS) == 9 - left
+    assert all(3 <= count <= 4 for count in asked.values())
+    assert result.arrays == whole.arrays
+    assert folders(tmp_path / "killed") == folders(tmp_path / "undisturbed")
+    assert len(folders(tmp_path / "killed")) == 3
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    def run() -> tuple[LocalGrid, Result]:
+        grid = three()
+        strategy = FlexLoRAStrategy(flower.policy(), directory=tmp_path)
+        return grid, strategy.start(grid, flower.initial(), num_rounds=2)
+
+    (_, before), (grid, after) = run(), run()
+    assert not grid.sent
+    assert after.arrays == before.arrays
+
+
+def test_ranks_are_known_after_a_restart(tmp_path: Path) -> None:
+    FlexLoRAStrategy(flower.policy(), directory=tmp_path).start(three(), flower.initial(), num_rounds=1)
+    grid = three()
+    FlexLoRAStrategy(flower.policy(), directory=tmp_path).start(grid, flower.initial(), num_rounds=2)
+    assert {node: ranks_sent(grid, node) for node in RANKS} == {node: [rank] for node, rank in RANKS.items()}
+
+
+def test_a_round_below_its_quorum_changes_nothing(tmp_path: Path) -> None:
+    grid = three()
+    grid.apps[1] = app(lambda message, context: 1 / 0)
+    for directory in (None, tmp_path):
+        run = FlexLoRAStrategy(flower.policy(), directory=directory, options={"min_clients": 3})
+        result = run.start(grid, flower.initial(), num_rounds=1)
+        assert result.arrays == flower.initial()
+        assert result.train_metrics_clientapp[1]["flexlora-accepted"] == 2
+
+
+def test_another_policy_is_not_taken_for_the_one_that_a_round_began_with(tmp_path: Path) -> None:
+    with pytest.raises(Died):
+        FlexLoRAStrategy(flower.policy(), directory=tmp_path).start(dying(1), flower.initial(), num_rounds=1)
+    with pytest.raises(ff.errors.OptionError, match="policy"):
+        FlexLoRAStrategy(flower.policy(max_norm=1.0), directory=tmp_path).start(three(), flower.initial(), num_rounds=1)
+
+
+def test_hostile_replies_are_kept_as_evidence(tmp_path: Path) -> None:
+    grid = three()
+    grid.apps[9] = app(lambda message, context: reply(changed(A=with_nan())))
+    run = FlexLoRAStrategy(flower.policy(), ranks=RANKS | {9: 4}, directory=tmp_path)
+    run.start(grid, flower.initial(), num_rounds=1)
+    assert run.update is not None
+    assert [(refusal.client, refusal.code) for refusal in run.update.refused] == [("node-9", "not-finite")]
+    assert any((tmp_path / "round-0001" / "quarantine").iterdir())
