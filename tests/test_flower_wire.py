@@ -115,6 +115,10 @@ HOSTILE: dict[str, tuple[Array, str]] = {
     "an unknown serialization": (array(GOOD, stype="pickle"), "content"),
     "bfloat16 said to be float32": (array(BF16, stype=wire.BFLOAT16), "dtype"),
     "bfloat16 of another size": (array(BF16[:-2], "bfloat16", stype=wire.BFLOAT16), "shape"),
+    "bfloat16 of 100,000 sides": (array(b"\0\0", "bfloat16", (1,) * 100_000, wire.BFLOAT16), "shape"),
+    "nothing, of sides beyond 2^63": (array(b"", "bfloat16", (0, 2**70), wire.BFLOAT16), "shape"),
+    "nothing, of sides whose product is": (array(b"", "bfloat16", (0, 2**40, 2**40), wire.BFLOAT16), "shape"),
+    "nothing, as .npy": (array(headed(HUGE.replace("(1", "(0, 1" + "0" * 9), b""), shape=(0, 10**18, 10**9)), "shape"),
     "bfloat16 of negative sides": (array(BF16, "bfloat16", (-4, -12), wire.BFLOAT16), "shape"),
 }
 

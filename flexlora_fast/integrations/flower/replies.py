@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from flexlora_fast.errors import RefusedError, shown
-from flexlora_fast.gate import RoundPolicy
+from flexlora_fast.gate import Reason, RoundPolicy
 from flexlora_fast.integrations.flower import wire
 
 Answer: TypeAlias = Message | Exception  # an exception: the reply is there, and cannot be read
@@ -94,12 +94,13 @@ def trained(answer: Answer, weight_key: str, policy: RoundPolicy) -> Trained:
     return Trained(wire.upload_of(arrays[0], policy), metrics[weight_key], metrics)
 
 
-def evaluated(answer: Answer, weight_key: str) -> MetricRecord:
-    """The metrics of a node's answer, with a weight that is a number ≥ 0. Raises ``RefusedError``."""
+def evaluated(answer: Answer, weight_key: str, policy: RoundPolicy) -> MetricRecord:
+    """The metrics of a node's answer, with a weight that the policy allows. Raises ``RefusedError``."""
     metrics = _metrics(_content(answer), weight_key)
     weight = metrics[weight_key]
-    if isinstance(weight, list) or not weight >= 0:
-        raise _refusal(f"its {weight_key} is {shown(weight)}", ReplyReason.METRICS, "send a number ≥ 0", weight)
+    if isinstance(weight, list) or not 0 <= weight <= policy.max_weight:
+        what = f"its {weight_key} is {shown(weight)}, the policy allows 0 to {policy.max_weight:g}"
+        raise RefusedError(what, code=Reason.WEIGHT, value=weight, remedy="send the number of its examples")
     return metrics
 
 

@@ -68,6 +68,10 @@ class Rounds:
                     if error.client not in clients:  # else it is out of the round now
                         raise
         finally:
-            if self.directory is not None:
-                self._round.close()
-            self._round = None
+            self.close()
+
+    def close(self) -> None:
+        """Let others take up the round that is open, if there is one."""
+        if self.directory is not None and self._round is not None:
+            self._round.close()
+        self._round = None

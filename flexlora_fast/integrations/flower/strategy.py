@@ -114,25 +114,40 @@ class FlexLoRAStrategy(FedAvg):
         result = Result()
         first, arrays = self._begin(initial_arrays)
         self._evaluate_here(result, first - 1, arrays, evaluate_fn)
-        for current in range(first, num_rounds + 1):
-            log.info("[ROUND %s/%s]", current, num_rounds)
-            messages = list(self.configure_train(current, arrays, train_config or ConfigRecord(), grid))
-            for node, answer in replies.exchange(grid, messages, timeout):
-                self._take(current, node, answer)
-            found, metrics = self.aggregate_train(current, [])
-            arrays = arrays if found is None else found
-            if metrics is not None:
-                log.info("\t└──> Training: %s", metrics)
-                result.train_metrics_clientapp[current] = metrics
-            messages = list(self.configure_evaluate(current, arrays, evaluate_config or ConfigRecord(), grid))
-            metrics = self._averaged_evaluation(current, replies.exchange(grid, messages, timeout))
-            if metrics is not None:
-                log.info("\t└──> Evaluation: %s", metrics)
-                result.evaluate_metrics_clientapp[current] = metrics
-            self._evaluate_here(result, current, arrays, evaluate_fn)
+        train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        try:
+            for current in range(first, num_rounds + 1):
+                log.info("[ROUND %s/%s]", current, num_rounds)
+                arrays = self._train(result, current, arrays, train_config, grid, timeout)
+                self._evaluate(result, current, arrays, evaluate_config, grid, timeout)
+                self._evaluate_here(result, current, arrays, evaluate_fn)
+        finally:
+            self._rounds.close()
         result.arrays = arrays
         log.info("Final results:\n%s", result)
         return result
+
+    def _train(
+        self, result: Result, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, timeout: float
+    ) -> ArrayRecord:
+        """One round of training; the arrays after it."""
+        messages = list(self.configure_train(number, arrays, config, grid))
+        for node, answer in replies.exchange(grid, messages, timeout):
+            self._take(number, node, answer)
+        found, metrics = self.aggregate_train(number, [])
+        if metrics is not None:
+            log.info("\t└──> Training: %s", metrics)
+            result.train_metrics_clientapp[number] = metrics
+        return arrays if found is None else found
+
+    def _evaluate(
+        self, result: Result, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, timeout: float
+    ) -> None:
+        messages = list(self.configure_evaluate(number, arrays, config, grid))
+        metrics = self._averaged_evaluation(number, replies.exchange(grid, messages, timeout))
+        if metrics is not None:
+            log.info("\t└──> Evaluation: %s", metrics)
+            result.evaluate_metrics_clientapp[number] = metrics
 
     # -- Flower's steps ---
 
@@ -203,7 +218,7 @@ class FlexLoRAStrategy(FedAvg):
         found = []
         for node, answer in answers:
             try:
-                found.append(replies.evaluated(answer, self.weighted_by_key))
+                found.append(replies.evaluated(answer, self.weighted_by_key, self.policy))
             except AdapterError as error:
                 log.warning("Round %s, evaluation of node %s left out (%s): %s", server_round, node, error.code, error)
         return self._averaged(found, self.evaluate_metrics_aggr_fn)
@@ -257,7 +272,7 @@ class FlexLoRAStrategy(FedAvg):
                 said = note.write(own, self._table, self.arrayrecord_key)
                 contents[key] = wire.to_record(own.state_dict()), said
             arrays, said = contents[key]
-            config = message.content[self.configrecord_key]
+            config = ConfigRecord(dict(message.content[self.configrecord_key]))  # Flower writes each round into one
             message.content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config, note.KEY: said})
         return messages
 

@@ -35,6 +35,7 @@ _DTYPES = {
     "|u1": torch.uint8,
     "|b1": torch.bool,
 }
+_MOST_SIDES = 8
 _LONGEST = 1024  # bytes of a .npy header; np.save writes 118 for arrays of few dimensions
 # What np.save writes (numpy.lib.format, versions 1.0 and 2.0), and nothing else: it is never evaluated.
 _NPY = re.compile(
@@ -115,7 +116,7 @@ class _Decoded:
 def _decoded(key: str, array: Array) -> _Decoded:
     """What the array says that it is, if its bytes are just that."""
     if array.stype == BFLOAT16:
-        dtype, shape, data, fortran = torch.bfloat16, tuple(array.shape), array.data, False
+        dtype, shape, data, fortran = torch.bfloat16, tuple(map(int, array.shape)), array.data, False
         if sys.byteorder == "big":
             data = np.frombuffer(data, "<i2").astype(">i2").tobytes()
     elif array.stype == NUMPY:
@@ -127,6 +128,9 @@ def _decoded(key: str, array: Array) -> _Decoded:
         raise _refusal(key, f"says {shown(array.dtype)} and holds {name}", Reason.DTYPE, array.dtype)
     if tuple(array.shape) != shape or any(side < 0 for side in shape):
         raise _refusal(key, f"says shape {shown(array.shape)} and holds {shown(shape)}", Reason.SHAPE, array.shape)
+    # Empty arrays too: torch multiplies the other sides for its strides.
+    if len(shape) > _MOST_SIDES or math.prod(max(side, 1) for side in shape) >= 2**62:
+        raise _refusal(key, f"has shape {shown(shape)}, which no tensor has", Reason.SHAPE, shape)
     if len(data) != math.prod(shape) * dtype.itemsize:  # Python's integers: no overflow
         raise _refusal(key, f"has {len(data)} bytes for {name} of shape {shown(shape)}", Reason.SHAPE, len(data))
     if fortran:
