@@ -7,6 +7,7 @@ It starts what README.md says, prints each command, and stops all of it in the e
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import socket
@@ -34,6 +35,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=8, help="optimizer steps of 32 questions, per node and round")
     add("--directory", default="", help="where rounds are kept, so that a run goes on where the last one stopped")
+    add("--again", action="store_true", help="where the run fails, start it once more; with --directory it goes on")
     add("--out", default="", help="where the final adapter goes")
     return parser.parse_args(arguments)
 
@@ -92,8 +94,14 @@ def wait_for(port: int, process: subprocess.Popen[bytes], log: Path, timeout: fl
     raise RuntimeError(f"nobody listens on port {port}; see {log}:\n{log.read_text()[-2000:]}")
 
 
+def completed(env: dict[str, str]) -> bool:
+    """Whether a run came to its end: ``flwr run`` has status 0 whatever becomes of it."""
+    listed = subprocess.run(["flwr", "list", "here", "--format", "json"], env=env, capture_output=True, check=True)
+    return any(run["status"] == "finished:completed" for run in json.loads(listed.stdout)["runs"])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the app; returns the status of ``flwr run``."""
+    """Run the app; returns 0 where the run came to its end."""
     options = parse(arguments)
     with tempfile.TemporaryDirectory(prefix="flexlora-flower-") as folder, ExitStack() as stack:
         home = Path(folder)
@@ -119,8 +127,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name in ("directory", "out")
         ]
         run = ["flwr", "run", str(HERE), "here", "--stream", "--run-config", " ".join(settings)]
-        print(f"$ {shlex.join(run)}", flush=True)
-        return subprocess.run(run, env=env, check=False).returncode
+        for _ in range(2 if options.again else 1):
+            print(f"$ {shlex.join(run)}", flush=True)
+            subprocess.run(run, env=env, check=True)
+            if completed(env):
+                return 0
+        print(f"the run failed; the logs of the servers:\n{last_lines(home)}", file=sys.stderr)
+        return 1
+
+
+def last_lines(home: Path) -> str:
+    """The ends of all logs, which go with the folder that they are in."""
+    return "\n".join(f"== {log.name}\n{log.read_text()[-2000:]}" for log in sorted(home.glob("*.log")))
 
 
 if __name__ == "__main__":

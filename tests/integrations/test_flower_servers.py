@@ -1,0 +1,107 @@
+"""Flower's own servers and clients on this machine, started by the example's documented commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install 'flexlora_fast[flower]'")
+
+import flexlora_fast as ff
+from examples import demo_data
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / ".demo-data"
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(not any(DATA.glob(f"{demo_data.MODEL.name}-*.whl")), reason="no wheels of data: `make demo`"),
+]
+ROUNDS = 3
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "examples.flower", "--steps", "4", "--rounds", str(ROUNDS), *options]
+
+
+def losses(output: str) -> dict[int, float]:
+    """Test loss on the server, by round (0: before the first)."""
+    found = re.findall(r"after round (\d+): \{'test-loss': ([\d.]+)", output)
+    return {int(number): float(loss) for number, loss in found}
+
+
+def check_run(output: str, out: Path) -> None:
+    """Three rounds of two honest nodes, of ranks 4 and 16, and a hostile one."""
+    by_round = losses(output)
+    assert sorted(by_round) == list(range(ROUNDS + 1))
+    assert all(by_round[number + 1] < by_round[number] for number in range(ROUNDS)), by_round
+    assert output.count("Refused (not-finite): client 'node-") == ROUNDS
+    metrics = [line for line in output.splitlines() if "Training: {" in line]
+    assert len(metrics) == ROUNDS
+    for line in metrics:
+        for wanted in (
+            "'flexlora-accepted': 2",
+            "'flexlora-refused-not-finite': 1",
+            "energy-kept-r4",
+            "energy-kept-r16",
+        ):
+            assert wanted in line
+    adapter = ff.Adapter.load(out)
+    assert adapter.rank(adapter.layers[0]) == 16
+    adapter.validate_finite()
+
+
+@pytest.mark.parametrize("how", [[], ["--deploy"]], ids=["simulation", "SuperLink and SuperNodes"])
+def test_three_rounds_of_mixed_ranks_with_a_hostile_node(how: list[str], tmp_path: Path) -> None:
+    arguments = command("--hostile", "--data", str(DATA), "--out", str(tmp_path / "out"), *how)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=560, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    check_run(done.stdout, tmp_path / "out")
+
+
+def server_apps(parent: int) -> list[int]:
+    """Processes of Flower's ServerApp below one of ours."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in table.splitlines()]
+    below, found = {parent}, []
+    for _ in range(5):  # generations
+        below |= {int(pid) for pid, above, _ in rows if int(above) in below}
+    for pid, _, arguments in rows:
+        if int(pid) in below and "flwr-serverapp" in arguments:
+            found.append(int(pid))
+    return found
+
+
+def test_a_server_killed_in_the_middle_of_a_round_goes_on_there(tmp_path: Path) -> None:
+    """SIGKILL to the ServerApp once an upload is on disk; the second ``flwr run`` asks the other nodes alone."""
+    directory, out = tmp_path / "rounds", tmp_path / "out"
+    arguments = command("--deploy", "--data", str(DATA), "--directory", str(directory), "--out", str(out), "--again")
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        spool = directory / "round-0002" / "spool"
+        end = time.monotonic() + 400
+        while not (spool.is_dir() and any(spool.iterdir())):
+            assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.05)
+        for pid in server_apps(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert process.wait(500) == 0, log.read_text()[-3000:]
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+    text = log.read_text()
+    assert "has 1 finished rounds; going on after them" in text
+    assert re.search(r"configure_train: [12] nodes are in this round already", text)
+    assert len(list(directory.glob("round-*/global_update.safetensors"))) == ROUNDS
+    by_round = losses(text)
+    assert by_round[ROUNDS] < by_round[0]
+    assert ff.Adapter.load(out).layers
