@@ -15,7 +15,8 @@ import torch
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'flexlora_fast[flower]'")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.exception import InconsistentMessageReplies
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 import flexlora_fast as ff
 from flexlora_fast.integrations.flower import (
@@ -305,6 +306,46 @@ def test_flowers_own_driver_takes_no_harm_either() -> None:
     run = FlexLoRAStrategy(flower.policy(), ranks=RANKS | {9: 4})
     result = Strategy.start(run, grid, flower.initial(), num_rounds=2)
     assert result.train_metrics_clientapp[2]["flexlora-refused-failed"] == 1
+    assert result.arrays == undisturbed().arrays
+
+
+def test_flowers_fedavg_ends_the_run_where_one_reply_is_bad() -> None:
+    """What the strategy is for: if Flower learns to go on, the README should say so."""
+    grid = LocalGrid({node: app(trains(8, seed=node)) for node in (1, 2)}, {})
+    grid.apps[9] = app(lambda message, context: without(reply(state(8)), "metrics"))
+    with pytest.raises(InconsistentMessageReplies):
+        FedAvg().start(grid, flower.initial(), num_rounds=1)
+
+
+@pytest.mark.parametrize("model", ["mixed", "weird"])
+def test_layers_of_every_kind_go_there_and_back(model: str) -> None:
+    def train(message: Message, context: Context) -> RecordDict:
+        generator = torch.Generator().manual_seed(context.node_id)
+        state = from_record(message.content["arrays"])
+        return flower.reply_of({key: x + torch.randn(x.shape, generator=generator) for key, x in state.items()})
+
+    server = rounds.client("server", model, rank=6, alpha=3).adapter()
+    policy = ff.RoundPolicy.from_adapter(server, ranks=(1, 3, 6), max_weight=100.0)
+    grid = LocalGrid({node: app(train) for node in (1, 2)}, {1: {"lora-rank": 1}, 2: {"lora-rank": 3}})
+    run = FlexLoRAStrategy(policy, fraction_evaluate=0.0, options={"tol": 0})
+    result = run.start(grid, to_record(server.state_dict()), num_rounds=2)
+    sent = [
+        ff.Adapter.from_state_dict(
+            from_record(grid.received[node][-1].content["arrays"]), server.config | {"r": rank}, client=str(node)
+        )
+        for node, rank in ((1, 1), (2, 3))
+    ]
+    wanted = ff.aggregate(sent, rank=6, tol=0)
+    found = ff.Adapter.from_state_dict(from_record(result.arrays), server.config)
+    for layer in server.layers:
+        whole = wanted.delta(layer).double()
+        torch.testing.assert_close(found.delta(layer).double(), whole, rtol=0, atol=1e-5 * float(whole.norm()))
+
+
+def test_a_policy_from_shapes_alone_will_do() -> None:
+    shapes = {layer: (spec.m, spec.n) for layer, spec in flower.policy().specs.items()}
+    policy = ff.RoundPolicy.from_config({"r": 8, "lora_alpha": 8}, shapes, ranks=(2, 4, 8), max_weight=100.0)
+    result = FlexLoRAStrategy(policy, ranks=RANKS).start(three(), flower.initial(), num_rounds=2)
     assert result.arrays == undisturbed().arrays
 
 

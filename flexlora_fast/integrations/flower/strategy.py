@@ -15,12 +15,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError, OptionError, WeightError
+from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError, OptionError, WeightError, shown
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.integrations.flower import note, replies, wire
 from flexlora_fast.integrations.flower.replies import Answer
 from flexlora_fast.integrations.flower.rounds import Rounds
 from flexlora_fast.oneshot import aggregate
+from flexlora_fast.truncation import truncated
 from flexlora_fast.update import GlobalUpdate, Refusal
 
 _QUESTION_TIMEOUT = 60.0  # seconds; a node that does not answer is sent the largest rank
@@ -91,7 +92,7 @@ class FlexLoRAStrategy(FedAvg):
         super().summary()
         given = "as nodes reply" if self.ranks is None else self.ranks if isinstance(self.ranks, int) else "by node"
         log.info("\t└──> FlexLoRA:")
-        log.info("\t\t├── Layers: %d, ranks allowed: %s", len(self.policy.specs), sorted(self.policy.ranks))
+        log.info("\t\t├── Layers: %d, ranks allowed: %s", len(self.policy.specs), shown(sorted(self.policy.ranks)))
         log.info("\t\t├── Ranks sent: %s%s", given, ", asked for at first" if self.query_ranks else "")
         log.info("\t\t└── Rounds kept in: %s", self._rounds.directory or "nothing")
 
@@ -231,7 +232,7 @@ class FlexLoRAStrategy(FedAvg):
     def _metrics(self, server_round: int, update: GlobalUpdate | None, seconds: float) -> MetricRecord:
         averages = self._averaged(self._accepted.values(), self.train_metrics_aggr_fn)
         metrics = MetricRecord(dict(averages or {}))
-        refused = self.refused[server_round]
+        refused = self.refused.get(server_round, [])
         accepted = len(self._accepted) if update is None else len(update.clients)
         metrics["flexlora-accepted"], metrics["flexlora-refused"] = accepted, len(refused)
         for code, count in sorted(Counter(refusal.code for refusal in refused).items()):
@@ -346,10 +347,10 @@ class FlexLoRAStrategy(FedAvg):
     def _arrays_of(self, update: GlobalUpdate) -> ArrayRecord:
         """The update at the ranks that are carried; a layer that nobody sent stays as it was at the beginning."""
         assert self._carried is not None
-        ranks = self._carried_ranks(self._carried)
-        there = {layer: rank for layer, rank in ranks.items() if layer in update}
-        adapter = update.adapter(config=note.config_at(self.policy, there))
-        return wire.to_record(self._carried.state_dict() | adapter.state_dict() | dict(update.extras))
+        ranks = {layer: rank for layer, rank in self._carried_ranks(self._carried).items() if layer in update}
+        scales = {layer: self.policy.scale(layer, rank) for layer, rank in ranks.items()}
+        adapter = truncated(update.adapter(), ranks, scales, seed=update.seed)
+        return wire.to_record(self._carried.state_dict() | adapter.state_dict())
 
     def _learn(self, update: GlobalUpdate) -> None:
         self._learnt |= {_node(client.name): dict(client.ranks) for client in update.clients}
