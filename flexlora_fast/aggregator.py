@@ -178,7 +178,8 @@ class Aggregator:
 
         Raises:
             AdapterError (UnsupportedAdapterError, IncompatibleAdapterError, with a policy RefusedError), WeightError:
-            the client is refused, noted in ``refused``, and the round is as if it had never come.
+            the client is refused, noted in ``refused``, and the round is as if it had never come. OSError: its copy
+            cannot be written (a full disk); the same, but not noted, as it is none of the client's doing.
 
         Without a policy a folder must stay as it is until the round is finished; an adapter's tensors always must.
 
@@ -192,17 +193,21 @@ class Aggregator:
             source = self._entrance.take(adapter, name, weight)
             try:
                 self._admission.check(name, source)
+                held = self._kept_if_room(source) if self.read == "add" else source
+                if self.read == "add" and self.policy is None:
+                    check_values(name, held)
             except AdapterError:
                 self._entrance.drop(source)
                 raise
-            held = self._kept_if_room(source) if self.read == "add" else source
-            if self.read == "add" and self.policy is None:
-                check_values(name, held)
         except FlexLoRAError as error:
             error.at(client=str(name))  # str: a name may be refused for being none
             self.refused.append(Refusal(str(name), str(error), error.code))
             raise
-        self._entrance.keep(source, name, float(weight))
+        try:
+            self._entrance.keep(source, name, float(weight))
+        except BaseException:
+            self._entrance.drop(source)
+            raise
         checked = self.read == "add" or self.policy is not None
         self._clients[name] = Client(name, held, float(weight), source, checked=checked)
         self._kept += held.skeleton.nbytes if held is not source else 0

@@ -11,14 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from flexlora_fast import __version__, inputs, methods, outputs, tables
+from flexlora_fast import __version__, cli_gate, inputs, methods, outputs, tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import MISSING, Aggregator
+from flexlora_fast.cli_common import DTYPES, Full, Json, failures, note, one_of, parse_ranks, print_json, show, usage
 from flexlora_fast.cli_round import app as round_app
-from flexlora_fast.console import DTYPES, Full, Json, failures, note, one_of, parse_ranks, print_json, show, usage
 from flexlora_fast.defence import RULES
 from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError
 from flexlora_fast.factors import SPLITS
+from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.inputs import Source
 from flexlora_fast.inspection import Inspection
 from flexlora_fast.lowrank.plan import SOLVERS
@@ -34,7 +35,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # errors quote names from clients, which are not markup
     pretty_exceptions_enable=False,  # their tracebacks show local variables: whole tensors
 )
-
 
 app.add_typer(round_app)
 
@@ -116,6 +116,14 @@ def aggregate(
             "Default: none, all clients are trusted.",
         ),
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A policy that `flexlora-fast policy` wrote. With it the folders may come from anybody: nothing of "
+            "them is opened but through the gate. Default: none, folders are believed as far as they are consistent.",
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="Where singular values go: B, balanced (√S in each) or A.")] = "B",
     dtype: Annotated[
         str, typer.Option(help=f"Of the factors written: {', '.join(DTYPES)} (per client its own, else float32).")
@@ -139,7 +147,8 @@ def aggregate(
     that cannot be used is refused with its reason, and the round goes on without it.
     """
     with failures(), usage():
-        sources, skipped = inputs.find(folders)
+        rules = None if policy is None else RoundPolicy.load(policy)
+        sources, skipped = inputs.find(folders, trusted=rules is None)
         outputs.check(out, [source.path for source in sources], force)
         shares, unknown = inputs.read_weights(weights, sources) if weights else ([1.0] * len(sources), [])
         wanted = parse_ranks(ranks)
@@ -150,16 +159,22 @@ def aggregate(
             note(f"{what}: {', '.join(map(str, names[:5]))}{' …' if len(names) > 5 else ''}")
     per_client = per_client or not wanted
     with failures():
-        loaded, refused = _load(sources, shares)
-        keep = rank if rank is not None else _needed(wanted, [a for _, a, _ in loaded] if per_client else [])
+        clients: list[tuple[str, Adapter | Path, float]]
+        if rules is None:
+            clients, refused, sent = _load(sources, shares)
+        else:
+            clients = [(source.name, source.path, share) for source, share in zip(sources, shares, strict=True)]
+            refused, sent = [], set(rules.ranks)
+        keep = rank if rank is not None else _needed(wanted, sent if per_client else set())
 
         def fresh(read: Any) -> Aggregator:
             limited = {"memory_limit": memory_limit, "read": read, "missing": gap, "defence": defence}
-            return _filled(Aggregator(keep, method, solver, tol, device, seed, **limited), loaded, refused, strict)
+            limited |= {"policy": rules}
+            return _filled(Aggregator(keep, method, solver, tol, device, seed, **limited), clients, refused, strict)
 
         with usage():
             round_ = fresh("finish")
-        absent = [name for name, _, weight in loaded if weight == 0 and name in round_.clients]
+        absent = [name for name, _, weight in clients if weight == 0 and name in round_.clients]
         if absent:
             note(f"weight 0, so absent from the round and without an adapter: {', '.join(absent)}")
         with outputs.staged(out) as folder:
@@ -197,6 +212,10 @@ def inspect(
             print_json(seen.to_dict())
         else:
             show(seen.view(full or None))
+
+
+app.command(no_args_is_help=True)(cli_gate.policy)
+app.command(no_args_is_help=True)(cli_gate.convert)
 
 
 @app.command()
@@ -244,23 +263,26 @@ def bench(
 
 def _load(
     sources: Sequence[Source], weights: Sequence[float]
-) -> tuple[list[tuple[str, Adapter, float]], list[Refusal]]:
-    """The adapters that can be read, and the refusals of the others. Tensors stay in their files."""
-    loaded, refused = [], []
+) -> tuple[list[tuple[str, Adapter | Path, float]], list[Refusal], set[int]]:
+    """The adapters that can be read, the refusals of the others, and the ranks sent. Tensors stay in their files."""
+    loaded, refused, ranks = list[tuple[str, Adapter | Path, float]](), [], set[int]()
     for i, source in enumerate(track(sources, "clients")):
         try:
-            loaded.append((source.name, Adapter.load(source.path, client=source.name), weights[i]))
+            adapter = Adapter.load(source.path, client=source.name)
+            loaded.append((source.name, adapter, weights[i]))
+            ranks |= set(adapter.skeleton.ranks.values())
         except FlexLoRAError as error:
             refused.append(Refusal(source.name, str(error.at(client=source.name)), error.code))
-    return loaded, refused
+    return loaded, refused, ranks
 
 
 def _filled(
-    round_: Aggregator, loaded: list[tuple[str, Adapter, float]], refused: list[Refusal], strict: bool
+    round_: Aggregator, clients: list[tuple[str, Adapter | Path, float]], refused: list[Refusal], strict: bool
 ) -> Aggregator:
     """The round with every client in it that can be used."""
     round_.refused.extend(refused)
-    for name, adapter, weight in loaded:
+    # Under a policy a client is copied and checked as it comes, which takes a while.
+    for name, adapter, weight in track(clients, "clients", False if round_.policy is None else None):
         with contextlib.suppress(FlexLoRAError):  # noted in round_.refused
             round_.add(adapter, weight, client=name)
     round_.refused.sort(key=lambda refusal: refusal.client)
@@ -268,7 +290,7 @@ def _filled(
         show(refusal_table(round_.refused), sys.stderr)
         why = "--strict was asked for" if strict else "no client is left"
         raise EmptyRoundError(
-            f"{len(round_.refused)} of {len(loaded) + len(refused)} clients refused and {why}; nothing was written"
+            f"{len(round_.refused)} of {len(clients) + len(refused)} clients refused and {why}; nothing was written"
         )
     return round_
 
@@ -285,11 +307,9 @@ def _finished(round_: Aggregator, fresh: Callable[[str], Aggregator], path: Path
     return fresh("add").finish(path)
 
 
-def _needed(ranks: Sequence[int], adapters: Sequence[Adapter]) -> int | None:
+def _needed(ranks: Sequence[int], sent: set[int]) -> int | None:
     """Columns to keep so that all adapters can be written; None leaves it to the round (each layer's largest)."""
-    if not ranks:
-        return None
-    return max([*ranks, *(rank for adapter in adapters for rank in adapter.skeleton.ranks.values())])
+    return max([*ranks, *sent]) if ranks else None
 
 
 def _doctor_table(checks: Sequence[Any]) -> Any:

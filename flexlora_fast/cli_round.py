@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flexlora_fast import outputs, tables
-from flexlora_fast.console import DTYPES, Full, Json, failures, one_of, parse_ranks, print_json, show, usage
+from flexlora_fast.cli_common import DTYPES, Full, Json, failures, one_of, parse_ranks, print_json, show, usage
 from flexlora_fast.errors import OptionError
 from flexlora_fast.factors import SPLITS
 from flexlora_fast.journal import Round, examine

@@ -125,3 +125,14 @@ def shown(value: object, longest: int = 100) -> str:
     """
     text = repr(value[: longest + 1] if isinstance(value, str | bytes) else value)
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def sentence(error: object, longest: int = 300) -> str:
+    """An error's text that may quote a stranger's, fit to be passed on: printable, on one line, cut.
+
+    >>> sentence(ValueError("use_\\ud800 is\\n wrong"))
+    'use_\\\\ud800 is wrong'
+    """
+    text = " ".join(str(error)[: 4 * longest].split())
+    text = "".join(x if x.isprintable() else repr(x)[1:-1] for x in text)
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -316,7 +316,8 @@ def _parse(header: bytes, digest: bytes) -> Index:
         raise BadFileError(f"its header is not JSON: {error}") from error
     if not isinstance(document, dict) or header[:1] != b"{":
         raise BadFileError("its header is no JSON object")
-    metadata = document.pop("__metadata__", None) or {}
+    metadata = document.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFileError("its __metadata__ does not map names to text")
     entries = {name: _entry(name, fields) for name, fields in document.items()}

@@ -120,7 +120,7 @@ def test_policies_are_equal_where_they_admit_the_same() -> None:
         policy(rounds.client("ref", rank=4, alpha=9)),
         policy(rounds.client("ref", rank=4, base_model_name_or_path="other")),
     ]
-    assert all(base != other for other in others) and len({base, *others}) == len(others) + 1
+    assert all(base != other for other in others)
     assert base != "a policy" and base.to_json()["format"] == "flexlora_fast.policy/1"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ from tests.checks import assert_identical
 from tests.kills import SENT, client, policy
 
 UPDATE = "global_update.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected() -> Iterator[None]:
+    """Rounds that were left open are not left to the tests behind these."""
+    yield
+    gc.collect()
 
 
 def opened(folder: Path, **options: Any) -> Round:

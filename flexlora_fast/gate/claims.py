@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from flexlora_fast import config as configs
 from flexlora_fast.admission import facts_of
 from flexlora_fast.config import Config
-from flexlora_fast.errors import AdapterError, RefusedError, UnsupportedAdapterError, shown
+from flexlora_fast.errors import AdapterError, RefusedError, UnsupportedAdapterError, sentence, shown
 from flexlora_fast.gate import strict
 from flexlora_fast.gate.reasons import Reason
 from flexlora_fast.layouts import LayerSpec
@@ -37,7 +37,7 @@ def parse(data: bytes, longest: int) -> Config:
     try:
         document = strict.loads(data)
     except ValueError as error:
-        _refuse(f"its config is not strict JSON ({_cut(error)})", type(error).__name__)
+        _refuse(f"its config is not strict JSON ({sentence(error)})", type(error).__name__)
     if not isinstance(document, dict):
         _refuse(f"its config holds a {type(document).__name__}, not an object", type(document).__name__)
     kind = document.get("peft_type")
@@ -49,7 +49,7 @@ def parse(data: bytes, longest: int) -> Config:
         config = configs.filled(document)
         configs.check_numbers(config)
     except AdapterError as error:
-        _refuse(f"its config is wrong: {_cut(error)}", _cut(error))
+        _refuse(f"its config is wrong: {sentence(error)}", sentence(error))
     return config
 
 
@@ -68,7 +68,7 @@ def check(
         configs.refuse_unsupported(config)
     except UnsupportedAdapterError as error:
         raise RefusedError(
-            _cut(error), code=Reason.UNSUPPORTED, value=_cut(error), remedy="this round takes plain LoRA"
+            sentence(error), code=Reason.UNSUPPORTED, value=sentence(error), remedy="this round takes plain LoRA"
         ) from None
     check_base(config, agreed)
     paths = {spec.pattern_name for spec in specs.values()}
@@ -142,8 +142,3 @@ def _resolve(config: Config, option: str, paths: Iterable[str]) -> dict[str, Any
 
 def _refuse(what: str, value: object) -> NoReturn:
     raise RefusedError(what, code=Reason.CONFIG, value=value, remedy=_SAVE) from None
-
-
-def _cut(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:299] + "…"

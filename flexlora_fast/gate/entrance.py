@@ -8,9 +8,11 @@ import tempfile
 import weakref
 
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.errors import AdapterError, OptionError
-from flexlora_fast.gate.intake import Upload
+from flexlora_fast.errors import AdapterError, OptionError, RefusedError
+from flexlora_fast.gate.intake import Spool, Upload
 from flexlora_fast.gate.policy import RoundPolicy, discard
+from flexlora_fast.gate.reasons import Reason
+from flexlora_fast.tensorfile import TensorFile
 
 Source = Adapter | str | os.PathLike[str] | bytes | Upload
 
@@ -28,6 +30,7 @@ class Entrance:
             raise OptionError("spool is where a policy's copies go, and there is no policy; give one, or no spool")
         self.policy, self._spool = policy, spool
         self._copies: set[Adapter] = set()
+        self._clients = self._bytes = 0  # of what is in the round
 
     def take(self, source: Source, client: str, weight: float) -> Adapter:
         """The adapter in ``source``; with a policy its values are checked as well.
@@ -38,24 +41,48 @@ class Entrance:
             if isinstance(source, bytes | Upload):
                 raise AdapterError("bytes do not tell their scales; give the round a policy, or an Adapter")
             return source if isinstance(source, Adapter) else Adapter.load(source, client=client)
+        if self.policy.max_clients is not None and self._clients >= self.policy.max_clients:
+            raise RefusedError(
+                f"the round has its {self.policy.max_clients} clients",
+                code=Reason.ROUND_FULL,
+                value=self._clients,
+                remedy="take it into the next round, or give the policy another max_clients",
+            )
+        most = self.policy.max_round_bytes
+        room = None if most is None else most - self._bytes
         if isinstance(source, Adapter):
-            self.policy.check(source, client=client, weight=weight)
-            return source
-        adapter = self.policy.admit(source, client=client, weight=weight, spool=self._folder())
-        self._copies.add(adapter)
-        return adapter
+            self.policy.check(source, client=client, weight=weight, room=room)
+            adapter = source
+        else:
+            adapter = self.policy.admit(source, client=client, weight=weight, spool=self._folder(), room=room)
+            self._copies.add(adapter)
+        return self._counted(adapter)
 
     def keep(self, adapter: Adapter, client: str, weight: float) -> None:
-        """Called once all checks are passed, before the client counts: a journal makes it durable here."""
+        """Called once all checks are passed, before the client is in: a journal makes it durable here."""
 
     def drop(self, adapter: Adapter) -> None:
-        """Remove the copy of a client that is refused after all, if there is one."""
+        """A client that was taken is refused after all: its place is free, and its copy removed, if there is one."""
+        if self.policy is None:
+            return
+        self._clients -= 1
+        self._bytes -= _size(adapter)
         if adapter in self._copies:
             self._copies.remove(adapter)
             discard(adapter)
 
-    def _folder(self) -> str | os.PathLike[str]:
+    def _counted(self, adapter: Adapter) -> Adapter:
+        self._clients += 1
+        self._bytes += _size(adapter)
+        return adapter
+
+    def _folder(self) -> Spool:
         if self._spool is None:
             self._spool = tempfile.mkdtemp(prefix="flexlora-")
             weakref.finalize(self, shutil.rmtree, self._spool, ignore_errors=True)
         return self._spool
+
+
+def _size(adapter: Adapter) -> int:
+    """Bytes of its weights as they came."""
+    return adapter.tensors.index.size if isinstance(adapter.tensors, TensorFile) else adapter.skeleton.nbytes

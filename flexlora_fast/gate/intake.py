@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
 
-from flexlora_fast.errors import AdapterError, RefusedError, shown
+from flexlora_fast.errors import AdapterError, RefusedError, sentence, shown
 from flexlora_fast.folder import CONFIG_NAME, WEIGHTS_NAME
 from flexlora_fast.gate.reasons import Reason
 from flexlora_fast.tensorfile import LONGEST_HEADER, BadFileError, Index, LongHeaderError, TensorFile, read_index
@@ -112,9 +112,8 @@ def _bad_header(first: bytes, error: BadFileError, longest: int) -> RefusedError
             value=length,
             remedy="send the expected tensors alone, without metadata",
         )
-    text = str(error)
-    cut = text if len(text) <= 300 else text[:299] + "…"
-    return RefusedError(f"its weights are not a readable safetensors file: {cut}", code=Reason.HEADER, value=text)
+    text = sentence(error)
+    return RefusedError(f"its weights are not a readable safetensors file: {text}", code=Reason.HEADER, value=text)
 
 
 def copied(upload: Upload, index: Index, spool: Spool) -> TensorFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,7 +21,7 @@ from flexlora_fast.gate.intake import Spool, Upload
 from flexlora_fast.gate.manifest import Manifest
 from flexlora_fast.gate.reasons import Reason
 from flexlora_fast.gate.reference import Reference
-from flexlora_fast.layouts import FACTOR_DTYPES, PREFIX, LayerSpec
+from flexlora_fast.layouts import FACTOR_DTYPES, LayerSpec
 from flexlora_fast.skeleton import Form, Skeleton
 from flexlora_fast.tensorfile import Index, TensorFile
 
@@ -30,6 +29,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CONFIG = 16_384  # bytes of a config apart from what grows with the layers; PEFT's own defaults take 1,400
 
 ScaleRule = Literal["alpha", "constant"] | Callable[[str, int], float]
+ClientRanks = Mapping[str, Collection[int]] | Callable[[str], Collection[int]]
 
 
 class Rules(TypedDict, total=False):
@@ -43,6 +43,10 @@ class Rules(TypedDict, total=False):
     max_layer_norm: float
     max_norm: float
     max_extra_norm: float
+    max_clients: int | None
+    max_round_bytes: int | None
+    client_ranks: ClientRanks | None
+    partial: bool
 
 
 class RoundPolicy:
@@ -60,8 +64,12 @@ class RoundPolicy:
         max_bytes: of a weights file (default: what the expected tensors take at the largest rank in the widest dtype).
         max_layer_norm: of ‖s·B·A‖_F of each layer (and of ‖s·b‖ with ``lora_bias``). max_norm: of the root of the
             sum of their squares. max_extra_norm: of each other tensor. Default: what float32 can hold.
-
-    Every layer and every other tensor of the reference must be there.
+        max_clients: how many clients a round takes; max_round_bytes: the bytes of weights that it takes in all.
+            Default: any number. A round refuses those that come when it is full.
+        client_ranks: for clients that may have fewer ranks than ``ranks``: those, by client name, or a function from
+            name to them. Clients that a mapping does not name have all of ``ranks``.
+        partial: an upload may leave layers out, each with all its tensors (and a module's layers together, where it
+            has several). Otherwise every layer of the reference must be there, as every other tensor always must.
 
     >>> import safetensors.torch
     >>> policy = RoundPolicy.from_config({"r": 8, "lora_alpha": 16}, {"fc": (4, 3)}, ranks=(2, 8), max_layer_norm=100)
@@ -84,8 +92,12 @@ class RoundPolicy:
         self.max_layer_norm = rules.get("max_layer_norm", math.inf)
         self.max_norm = rules.get("max_norm", math.inf)
         self.max_extra_norm = rules.get("max_extra_norm", math.inf)
+        self.max_clients, self.max_round_bytes = rules.get("max_clients"), rules.get("max_round_bytes")
+        self.client_ranks, self.partial = rules.get("client_ranks"), rules.get("partial", False)
         self._check_rules()
-        self._manifest = Manifest(reference.specs, reference.bias_keys, reference.extras, self.ranks, self.dtypes)
+        self._manifest = Manifest(
+            reference.specs, reference.bias_keys, reference.extras, self.ranks, self.dtypes, self.partial
+        )
         wanted = rules.get("max_bytes")
         needed = 8 + self._manifest.longest_header + self._manifest.longest_data
         if wanted is not None and (not _is_count(wanted) or wanted < 8):
@@ -112,25 +124,23 @@ class RoundPolicy:
     def from_config(
         cls,
         config: Any,
-        layers: Mapping[str, tuple[int, int]],
+        layers: Mapping[str, Sequence[int]],
         extras: Mapping[str, Sequence[int]] | None = None,
+        *,
+        embeddings: Mapping[str, Sequence[int]] | None = None,
         **rules: Unpack[Rules],
     ) -> RoundPolicy:
-        """From a ``LoraConfig`` (or its dict) and the shapes of the linear layers it adapts.
+        """From a ``LoraConfig`` (or its dict) and the shapes of the weights it adapts.
 
         Args:
-            layers: (m, n), outputs and inputs, by module path. extras: shapes of other tensors (heads, biases) by
-                module path and name, such as ``{"classifier.weight": (2, 768)}``; float32.
+            layers: by module path, (m, n), outputs and inputs, of linear layers (``fan_in_fan_out`` or not), and
+                (m, in, k…) of convolutions. embeddings: (m, n), width and number of rows. extras: shapes of other
+                tensors (heads, biases) by module path and name, such as ``{"classifier.weight": (2, 768)}``; float32.
 
-        Embeddings, convolutions and experts have factors of other shapes: use ``from_adapter`` or ``from_model``.
+        Raises ``OptionError`` for shapes that are none, and for experts (``target_parameters``): use ``from_adapter``
+        or ``from_model``.
         """
-        plain = configs.normalize(config)
-        state = {name: torch.empty(tuple(shape), device="meta") for name, shape in (extras or {}).items()}
-        for layer, (m, n) in layers.items():
-            rank = configs.rank_for(plain, layer)
-            state[f"{PREFIX}{layer}.lora_A.weight"] = torch.empty(rank, n, device="meta")
-            state[f"{PREFIX}{layer}.lora_B.weight"] = torch.empty(m, rank, device="meta")
-        return cls(Reference.of(Skeleton.of(state, plain, None)), **rules)
+        return cls(Reference.of_shapes(config, layers, extras or {}, embeddings or {}), **rules)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RoundPolicy:
@@ -166,7 +176,7 @@ class RoundPolicy:
         return isinstance(other, RoundPolicy) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.to_json(), sort_keys=True))
+        return hash((self.max_bytes, frozenset(self.ranks), frozenset(self.reference.specs)))
 
     @property
     def specs(self) -> dict[str, LayerSpec]:
@@ -201,6 +211,7 @@ class RoundPolicy:
         weight: float = 1.0,
         spool: Spool = None,
         config: bytes | None = None,
+        room: int | None = None,
     ) -> Adapter:
         """The adapter in an upload, or a refusal.
 
@@ -213,6 +224,7 @@ class RoundPolicy:
                 nothing stays). The adapter reads its tensors from it. None: they are kept in memory.
             config: the content of the client's ``adapter_config.json``, for uploads that are no folder. Without it
                 the client is taken to have trained at the policy's scales.
+            room: bytes that are left of the round's ``max_round_bytes``.
 
         Returns:
             An adapter with the client's tensors, and with the policy's layers, scales and config.
@@ -224,7 +236,9 @@ class RoundPolicy:
             self._check_client(client, weight)
             with intake.opened(upload, self.max_config_bytes) as opened:
                 index = intake.index_of(opened, self.max_bytes, self._manifest.longest_header)
+                self._check_room(opened.size, room)
                 forms, ranks = self._forms_and_ranks(index)
+                self._check_client_ranks(client, ranks)
                 claimed = opened.config if opened.config is not None else config
                 if claimed is not None:
                     self._check_claims(claimed, ranks)
@@ -253,15 +267,17 @@ class RoundPolicy:
         skeleton = self._skeleton(file.index, forms, ranks)
         return Adapter.of_skeleton(skeleton, file.renamed(skeleton.names), client)
 
-    def check(self, adapter: Adapter, *, client: str, weight: float = 1.0) -> None:
-        """Hold an adapter that was made in this process against the policy.
+    def check(self, adapter: Adapter, *, client: str, weight: float = 1.0, room: int | None = None) -> None:
+        """Hold an adapter that was made in this process against the policy; ``room`` as for ``admit``.
 
         Raises ``RefusedError`` as ``admit`` does.
         """
         skeleton = adapter.skeleton
         try:
             self._check_client(client, weight)
+            self._check_room(skeleton.nbytes, room)
             ranks = self._manifest.ranks_of(skeleton.forms)
+            self._check_client_ranks(client, ranks)
             for layer, spec in skeleton.specs.items():
                 known = self.reference.specs[layer]
                 if (spec.kind, spec.experts) != (known.kind, known.experts):
@@ -301,6 +317,28 @@ class RoundPolicy:
         forms = {name: Form(entry.shape, entry.dtype) for name, entry in index.entries.items()}
         return forms, self._manifest.ranks_of(forms)
 
+    def _check_room(self, size: int, room: int | None) -> None:
+        if room is not None and size > room:
+            raise RefusedError(
+                f"its weights have {size} bytes, and {max(room, 0)} are left of the round's {self.max_round_bytes}",
+                code=Reason.ROUND_BYTES,
+                value=size,
+                remedy="take it into the next round, or give the policy another max_round_bytes",
+            )
+
+    def _check_client_ranks(self, client: str, ranks: Mapping[str, int]) -> None:
+        given = self.client_ranks
+        allowed = given(client) if callable(given) else (given or {}).get(client, self.ranks)
+        for layer, rank in ranks.items():
+            if rank not in allowed:
+                raise RefusedError(
+                    f"its rank is {rank}, the policy allows this client {shown(sorted(allowed))}",
+                    code=Reason.RANK,
+                    layer=layer,
+                    value=rank,
+                    remedy="train at a rank that the policy allows this client",
+                )
+
     def _check_claims(self, claimed: bytes, ranks: Mapping[str, int]) -> None:
         config = claims.parse(claimed, self.max_config_bytes)
         claims.check(config, self.reference.config, self.reference.specs, ranks, self.scale)
@@ -314,7 +352,7 @@ class RoundPolicy:
         """
         known = self._skeletons.get(index.digest)
         if known is None:
-            of = self.reference
+            of = self.reference.narrowed(ranks)
             scales = {layer: self.scale(layer, rank) for layer, rank in ranks.items()}
             paths = {layer: spec.pattern_name for layer, spec in of.specs.items()}
             try:
@@ -349,7 +387,19 @@ class RoundPolicy:
             raise OptionError(f"scale {self.scale_rule!r} is neither 'alpha', 'constant' nor a function")
         if not self.dtypes or not self.dtypes <= set(FACTOR_DTYPES):
             raise OptionError(f"dtypes is {shown(set(self.dtypes))}; give some of {', '.join(map(str, FACTOR_DTYPES))}")
-        for name in ("max_weight", "max_layer_norm", "max_norm", "max_extra_norm"):
+        for name in ("max_clients", "max_round_bytes"):
+            quota = getattr(self, name)
+            if quota is not None and not _is_count(quota):
+                raise OptionError(f"{name} is {quota!r}; give a whole number ≥ 1, or None for any number")
+        if not isinstance(self.partial, bool):
+            raise OptionError(f"partial is {self.partial!r}; give True or False")
+        if isinstance(self.client_ranks, Mapping):
+            for client, ranks in self.client_ranks.items():
+                if not ranks or not set(ranks) <= set(self.ranks):
+                    raise OptionError(f"client_ranks[{client!r}] is {shown(ranks)}; give some of {shown(self.ranks)}")
+        elif not (self.client_ranks is None or callable(self.client_ranks)):
+            raise OptionError(f"client_ranks is {shown(self.client_ranks)}; give a mapping or a function")
+        for name in stored.BOUNDS:
             bound = getattr(self, name)
             if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
                 raise OptionError(f"{name} is {bound!r}; give a number > 0")

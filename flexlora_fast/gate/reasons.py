@@ -64,3 +64,7 @@ class Reason(StrEnum):
     """An upload to a journalled round that is finished."""
     CONTENT = "content"
     """Something that is neither a path, nor bytes, nor an adapter."""
+    ROUND_FULL = "round-full"
+    """The round has as many clients as the policy's ``max_clients``."""
+    ROUND_BYTES = "round-bytes"
+    """More bytes than are left of the policy's ``max_round_bytes``."""

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from flexlora_fast.config import Config, normalize, refuse_unsupported
-from flexlora_fast.errors import FlexLoRAError
-from flexlora_fast.layouts import FACTOR_DTYPES, LayerSpec
+from flexlora_fast.config import Config, normalize, rank_for, refuse_unsupported
+from flexlora_fast.errors import FlexLoRAError, OptionError
+from flexlora_fast.layouts import FACTOR_DTYPES, PREFIX, LayerSpec
 from flexlora_fast.skeleton import Form, Skeleton
 from flexlora_fast.tensorfile import DTYPES
 
@@ -40,6 +41,45 @@ class Reference:
     def of(cls, skeleton: Skeleton) -> Reference:
         extras = {key: skeleton.forms[key] for key in skeleton.extra_keys}
         return cls(skeleton.config, skeleton.specs, skeleton.scales, skeleton.bias_keys, extras)
+
+    @classmethod
+    def of_shapes(
+        cls,
+        config: Any,
+        layers: Mapping[str, Sequence[int]],
+        extras: Mapping[str, Sequence[int]],
+        embeddings: Mapping[str, Sequence[int]],
+    ) -> Reference:
+        """Raises ``OptionError`` and ``AdapterError`` as ``RoundPolicy.from_config`` does."""
+        plain = normalize(config)
+        if plain.get("target_parameters"):
+            raise OptionError(
+                "the config has target_parameters, and shapes do not tell which tensor PEFT keeps each of them in; "
+                "use from_adapter or from_model"
+            )
+        state = {name: _empty(shape, name, ()) for name, shape in extras.items()}
+        for layer, (m, *tail) in _weights(layers, (2, 3, 4, 5)):
+            rank = rank_for(plain, layer)
+            state[f"{PREFIX}{layer}.lora_A.weight"] = torch.empty(rank, *tail, device="meta")
+            state[f"{PREFIX}{layer}.lora_B.weight"] = torch.empty(m, rank, *(1 for _ in tail[1:]), device="meta")
+        for layer, (m, n) in _weights(embeddings, (2,)):
+            rank = rank_for(plain, layer)
+            state[f"{PREFIX}{layer}.lora_embedding_A"] = torch.empty(rank, n, device="meta")
+            state[f"{PREFIX}{layer}.lora_embedding_B"] = torch.empty(m, rank, device="meta")
+        return cls.of(Skeleton.of(state, plain, None))
+
+    def narrowed(self, layers: Collection[str]) -> Reference:
+        """The same for an adapter of some of the layers: its config names these, each by its whole path."""
+        specs = {layer: spec for layer, spec in self.specs.items() if layer in layers}
+        if len(specs) == len(self.specs):
+            return self
+        paths = {kind: {s.pattern_name for s in specs.values() if (s.kind == "moe") == kind} for kind in (False, True)}
+        config = self.config | {
+            "target_modules": sorted(paths[False]),
+            "target_parameters": sorted(paths[True]) or None,
+        }
+        biases = {layer: key for layer, key in self.bias_keys.items() if layer in specs}
+        return Reference(config, specs, {layer: self.scales[layer] for layer in specs}, biases, self.extras)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able; ``from_json`` gives the same again."""
@@ -104,6 +144,17 @@ def _form(document: Any, key: str) -> Form:
     if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
         raise ValueError(f"the shape of tensor {key!r} is {shape!r}")
     return Form(tuple(shape), dtype(parts["dtype"]))
+
+
+def _empty(shape: Sequence[int], name: str, sides: Collection[int]) -> torch.Tensor:
+    if not all(is_count(side) for side in shape) or (sides and len(shape) not in sides):
+        raise OptionError(f"the shape of {name!r} is {shape!r}; give whole numbers ≥ 1, outputs first")
+    return torch.empty(tuple(shape), device="meta")
+
+
+def _weights(shapes: Mapping[str, Sequence[int]], sides: Collection[int]) -> Iterator[tuple[str, torch.Size]]:
+    for name, shape in shapes.items():
+        yield name, _empty(shape, name, sides).shape
 
 
 # -- pieces of stored documents ---

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flexlora_fast.gate.policy import RoundPolicy, Rules
 
 FORMAT = "flexlora_fast.policy/1"
+QUOTAS = ("max_clients", "max_round_bytes")  # whole numbers ≥ 1; null: any number
 BOUNDS = ("max_weight", "max_layer_norm", "max_norm", "max_extra_norm")  # numbers > 0; null: infinite
 
 
@@ -38,8 +39,11 @@ class ScaleTable:
 def to_json(policy: RoundPolicy) -> dict[str, Any]:
     """JSON-able; policies of equal documents admit the same.
 
-    Raises ``OptionError`` for a scale function that gives no finite number.
+    Raises ``OptionError`` for a scale function that gives no finite number, and for a function of ``client_ranks``:
+    it cannot be asked about all clients there may be.
     """
+    if callable(policy.client_ranks):
+        raise OptionError("client_ranks is a function, which no file can hold; give a mapping from client to ranks")
     ranks = sorted(policy.ranks)
     rule: Any = policy.scale_rule
     if callable(rule):
@@ -55,6 +59,9 @@ def to_json(policy: RoundPolicy) -> dict[str, Any]:
         "scale": rule,
         "dtypes": sorted(code(dtype) for dtype in policy.dtypes),
         "max_bytes": policy.max_bytes,
+        "client_ranks": {client: sorted(own) for client, own in sorted((policy.client_ranks or {}).items())},
+        "partial": policy.partial,
+        **{name: getattr(policy, name) for name in QUOTAS},
     } | {name: _bound(getattr(policy, name)) for name in BOUNDS}
 
 
@@ -67,11 +74,10 @@ def from_json(document: Any) -> tuple[Reference, Rules]:
         found = mapping(document, "it")
         if found.get("format") != FORMAT:
             raise ValueError(f"its format is {shown(found.get('format'))}, not {FORMAT}")
-        names = ("format", "reference", "ranks", "scale", "dtypes", "max_bytes", *BOUNDS)
+        plain = ("max_bytes", "partial", *QUOTAS)  # the policy itself checks these
+        names = ("format", "reference", "ranks", "scale", "dtypes", "client_ranks", *plain, *BOUNDS)
         found = fields(found, "it", *names)
-        ranks = found["ranks"]
-        if not isinstance(ranks, list) or not all(is_count(rank) for rank in ranks) or len(set(ranks)) != len(ranks):
-            raise ValueError(f"ranks is {shown(ranks)}, not a list of different whole numbers ≥ 1")
+        ranks = _ranks(found["ranks"], "ranks")
         if not isinstance(found["dtypes"], list):
             raise ValueError(f"dtypes is {shown(found['dtypes'])}, not a list")
         reference = Reference.from_json(found["reference"])
@@ -79,8 +85,12 @@ def from_json(document: Any) -> tuple[Reference, Rules]:
             "ranks": ranks,
             "scale": _scale(found["scale"], reference, ranks),
             "dtypes": [factor_dtype(name) for name in found["dtypes"]],
-            "max_bytes": found["max_bytes"],
+            "client_ranks": {
+                client: _ranks(own, f"client_ranks of {client!r}")
+                for client, own in mapping(found["client_ranks"], "client_ranks").items()
+            },
         }
+        rules |= {name: found[name] for name in plain}
         rules |= {name: math.inf if found[name] is None else number(found[name], name) for name in BOUNDS}
     except ValueError as error:
         raise OptionError(f"the stored policy cannot be used: {error}; write it again with RoundPolicy.save") from None
@@ -107,6 +117,12 @@ def read(path: str | os.PathLike[str]) -> Any:
         raise OptionError(
             f"the policy {str(path)!r} cannot be read ({error}); write it with RoundPolicy.save"
         ) from None
+
+
+def _ranks(ranks: Any, what: str) -> list[int]:
+    if not isinstance(ranks, list) or not all(is_count(rank) for rank in ranks) or len(set(ranks)) != len(ranks):
+        raise ValueError(f"{what} is {shown(ranks)}, not a list of different whole numbers ≥ 1")
+    return ranks
 
 
 def _bound(value: float) -> float | None:

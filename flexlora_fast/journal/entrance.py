@@ -10,7 +10,7 @@ from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.errors import AdapterError, UnreadableError
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.gate.entrance import Entrance, Source
-from flexlora_fast.gate.policy import discard
+from flexlora_fast.gate.intake import Spool
 from flexlora_fast.tensorfile import TensorFile
 
 
@@ -28,24 +28,18 @@ class SpoolEntrance(Entrance):
         self, policy: RoundPolicy, new_file: Callable[[], tuple[int, str]], commit: Callable[[str, float], None]
     ) -> None:
         super().__init__(policy, None)
-        self._rules, self._new_file, self._commit = policy, new_file, commit
-        self._fresh: Adapter | None = None  # admitted, and not on disk for good yet
+        self._new_file, self._commit = new_file, commit
 
     def take(self, source: Source, client: str, weight: float) -> Adapter:
-        if isinstance(source, Adapter):
-            return source
-        self._fresh = self._rules.admit(source, client=client, weight=weight, spool=self._new_file)
-        return self._fresh
+        return self._counted(source) if isinstance(source, Adapter) else super().take(source, client, weight)
 
     def keep(self, adapter: Adapter, client: str, weight: float) -> None:
-        if adapter is self._fresh:
+        if adapter in self._copies:
             self._commit(client, weight)
-            self._fresh = None
+            self._copies.remove(adapter)  # the journal's from now on
 
-    def drop(self, adapter: Adapter) -> None:
-        if adapter is self._fresh:  # all others are the journal's, which may need them again
-            discard(adapter)
-            self._fresh = None
+    def _folder(self) -> Spool:
+        return self._new_file
 
 
 class Journalled(Aggregator):

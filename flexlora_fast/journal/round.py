@@ -117,21 +117,21 @@ class Round:
         """
         where, wanted = Place(path), options.recorded(given)
         how = {"memory_limit": memory_limit, "read": read, "progress": progress}
-        begun = options.complete(wanted)
+        begun, rules = options.complete(wanted), None if policy is None else policy.to_json()
         with _disk(where.path):
             if not os.path.lexists(where.head):
                 if policy is None:
                     raise OptionError(f"{str(path)!r} is no round yet; give the policy to begin one with")
-                # What is no round's options leaves no folder behind.
+                # What no round can be begun with leaves no folder behind.
                 Aggregator(policy=policy, **options.of_aggregator(begun) | how)
                 where.path.mkdir(parents=True, exist_ok=True)
             held = where.locked()
-            if policy is not None and not os.path.lexists(where.head):
+            if rules is not None and not os.path.lexists(where.head):
                 where.check_foreign()
-                where.create(begun, policy.to_json())
+                where.create(begun, rules)
             head = where.read_head()
             options.check_same(wanted, head["options"], where.path)
-            if policy is not None and policy != RoundPolicy.from_json(head["policy"]):
+            if rules is not None and rules != RoundPolicy.from_json(head["policy"]).to_json():
                 raise OptionError(
                     f"the policy is another than the round at {str(path)!r} was begun with; leave it away, or begin "
                     "another round"

@@ -1,4 +1,4 @@
-"""What the commands of the command line share: options, what is printed where, and how a failure ends."""
+"""What all commands share: options, how failures end, how results are shown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from flexlora_fast import tables
 from flexlora_fast.errors import FlexLoRAError, OptionError, RankError, WeightError
 
 DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 Full = Annotated[bool, typer.Option("--full", help="List every layer, however many there are.")]
 
