@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'flexlora_fast[flower]'")
@@ -65,42 +65,41 @@ def test_three_rounds_of_mixed_ranks_with_a_hostile_node(how: list[str], tmp_pat
     check_run(done.stdout, tmp_path / "out")
 
 
-def server_apps(parent: int) -> list[int]:
+def server_apps(parent: int) -> list[psutil.Process]:
     """Processes of Flower's ServerApp below one of ours."""
-    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in table.splitlines()]
-    below, found = {parent}, []
-    for _ in range(5):  # generations
-        below |= {int(pid) for pid, above, _ in rows if int(above) in below}
-    for pid, _, arguments in rows:
-        if int(pid) in below and "flwr-serverapp" in arguments:
-            found.append(int(pid))
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # gone meanwhile, or a zombie
+            if any("flwr-serverapp" in part for part in process.cmdline()):
+                found.append(process)
     return found
 
 
 def test_a_server_killed_in_the_middle_of_a_round_goes_on_there(tmp_path: Path) -> None:
-    """SIGKILL to the ServerApp once an upload is on disk; the second ``flwr run`` asks the other nodes alone."""
+    """SIGKILL to the ServerApp once an upload is acknowledged; the second ``flwr run`` asks the other nodes alone."""
     directory, out = tmp_path / "rounds", tmp_path / "out"
     arguments = command("--deploy", "--data", str(DATA), "--directory", str(directory), "--out", str(out), "--again")
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     try:
-        spool = directory / "round-0002" / "spool"
+        manifest = directory / "round-0002" / "manifest.jsonl"
         end = time.monotonic() + 400
-        while not (spool.is_dir() and any(spool.iterdir())):
+        while not (manifest.is_file() and manifest.read_bytes().endswith(b"\n")):  # a line: one upload acknowledged
             assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
-            time.sleep(0.05)
-        for pid in server_apps(process.pid):
-            os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        killed = server_apps(process.pid)
+        for server in killed:
+            server.kill()
         assert process.wait(500) == 0, log.read_text()[-3000:]
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait(60)
     text = log.read_text()
+    assert killed
     assert "has 1 finished rounds; going on after them" in text
-    assert re.search(r"configure_train: [12] nodes are in this round already", text)
+    assert re.search(r"configure_train: [123] nodes are in this round already", text)
     assert len(list(directory.glob("round-*/global_update.safetensors"))) == ROUNDS
     by_round = losses(text)
     assert by_round[ROUNDS] < by_round[0]
