@@ -6,9 +6,11 @@ import io
 import re
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'flexlora_fast[flower]'")
 
@@ -147,3 +149,36 @@ def test_unknown_names_and_too_much_data_are_refused_before_they_are_read() -> N
     with pytest.raises(ff.errors.RefusedError, match="the policy takes") as caught:
         wire.upload_of(ArrayRecord({A: array(bytes(policy.max_bytes + 2000))}), policy)
     assert caught.value.code == "file-size"
+
+
+def bytes_of() -> st.SearchStrategy[bytes]:
+    """Files that are nearly right: a byte changed, cut, put together; and any others."""
+    good = st.sampled_from([GOOD, npy(VALUES, version=(2, 0)), npy(np.asfortranarray(VALUES)), headed(HUGE), BF16])
+
+    def bent(content: bytes, at: int, byte: int, cut: int) -> bytes:
+        at %= len(content)
+        return (content[:at] + bytes([byte]) + content[at + 1 :])[: len(content) - cut]
+
+    counts = st.integers(0, 400)
+    return st.one_of(
+        good, st.builds(bent, good, counts, st.integers(0, 255), st.integers(0, 9)), st.binary(max_size=300)
+    )
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(
+    bytes_of(),
+    st.sampled_from(["float32", "bfloat16", "float16", "object", ""]),
+    st.one_of(st.just((4, 12)), st.lists(st.integers(-(2**80), 2**80), max_size=9).map(tuple)),
+    st.sampled_from([wire.NUMPY, wire.BFLOAT16, "x"]),
+)
+def test_any_array_is_admitted_or_refused(data: bytes, dtype: str, shape: tuple[int, ...], stype: str) -> None:
+    policy = flower.policy()
+    record = to_record(rounds.client(rank=4, alpha=flower.ALPHA).state_dict())
+    record[A] = Array(dtype, shape, stype, data)
+    try:
+        adapter = policy.admit(wire.upload_of(record, policy), client="node-1")
+    except ff.errors.RefusedError as refusal:
+        assert str(refusal).isprintable()
+    else:
+        adapter.validate_finite()
