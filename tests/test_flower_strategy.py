@@ -113,6 +113,7 @@ def test_a_bad_answer_leaves_the_rank_unknown(answer: Any) -> None:
     run = FlexLoRAStrategy(flower.policy(), query_ranks=True, **LOWEST)
     result = run.start(grid, flower.initial(), num_rounds=1)
     assert ranks_sent(grid, 1) == [8]
+    assert sum("arrays" not in message.content for message in grid.sent[1]) == 1
     assert result.train_metrics_clientapp[1]["flexlora-accepted"] == 1
 
 

@@ -82,6 +82,7 @@ class FlexLoRAStrategy(FedAvg):
         self._table = note.ScaleTable.of(policy)
         self._carried: Adapter | None = None  # the initial arrays: which layers and ranks are carried
         self._learnt: dict[int, dict[str, int]] = {}  # ranks by layer, by node
+        self._questioned: set[int] = set()
         self._accepted: dict[str, MetricRecord] = {}
         self._asked = 0
         for rank in [ranks] if isinstance(ranks, int) else ranks.values() if isinstance(ranks, Mapping) else []:
@@ -291,10 +292,12 @@ class FlexLoRAStrategy(FedAvg):
         return self.ranks.get(node) if isinstance(self.ranks, Mapping) else self.ranks
 
     def _ask(self, nodes: list[int], grid: Grid) -> None:
-        """Ask nodes whose rank nobody knows for it."""
-        unknown = [node for node in nodes if self._given(node) is None and node not in self._learnt]
+        """Ask nodes whose rank nobody knows for it, once: a round shall not wait for the same silence again."""
+        known = self._learnt.keys() | self._questioned
+        unknown = [node for node in nodes if self._given(node) is None and node not in known]
         if not self.query_ranks or not unknown:
             return
+        self._questioned |= set(unknown)
         question = RecordDict({note.KEY: ConfigRecord({"ask": note.RANK})})
         # A mod stands before the function for training: only messages of that type come to it in every app.
         messages = [Message(question, dst_node_id=node, message_type=MessageType.TRAIN) for node in unknown]
