@@ -276,13 +276,14 @@ def undisturbed() -> Result:
     return FlexLoRAStrategy(flower.policy(), ranks=RANKS).start(three(), flower.initial(), num_rounds=2)
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["in memory", "in a journal"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_bad_reply_is_refused_and_changes_nothing(name: str) -> None:
+def test_a_bad_reply_is_refused_and_changes_nothing(name: str, kept: bool, tmp_path: Path) -> None:
     bad, code = HOSTILE[name]
     alone = undisturbed()
     grid = three()
     grid.apps[9] = app(lambda message, context: bad())
-    run = FlexLoRAStrategy(flower.policy(), ranks=RANKS | {9: 4})
+    run = FlexLoRAStrategy(flower.policy(), ranks=RANKS | {9: 4}, directory=tmp_path if kept else None)
     result = run.start(grid, flower.initial(), num_rounds=2)
     assert result.arrays == alone.arrays  # to the last bit
     for number in (1, 2):
@@ -404,6 +405,20 @@ def test_a_round_that_nobody_joins_changes_nothing() -> None:
     assert run.update is None
     metrics = result.train_metrics_clientapp[2]
     assert (metrics["flexlora-accepted"], metrics["flexlora-refused-failed"]) == (0, 2)
+
+
+@pytest.mark.parametrize("size", [1e12, 1e18, 1e19, 3e37])
+def test_huge_updates_under_a_policy_without_bounds_do_not_end_the_run(size: float) -> None:
+    def huge(message: Message, context: Context) -> RecordDict:
+        state = from_record(message.content["arrays"])
+        return flower.reply_of({key: torch.full_like(x, size if "lora_B" in key else 1.0) for key, x in state.items()})
+
+    grid = three()
+    grid.apps[9] = app(huge)
+    run = FlexLoRAStrategy(flower.policy(max_layer_norm=math.inf), ranks=RANKS | {9: 4})
+    result = run.start(grid, flower.initial(), num_rounds=2)
+    assert len(result.train_metrics_clientapp) == 2
+    assert all(bool(x.isfinite().all()) for x in from_record(result.arrays).values())
 
 
 def test_weights_of_zero_change_nothing() -> None:

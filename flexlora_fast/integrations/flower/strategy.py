@@ -189,12 +189,12 @@ class FlexLoRAStrategy(FedAvg):
         started = time.perf_counter()
         try:
             update = self._rounds.finish()
-        except (EmptyRoundError, WeightError) as error:
-            log.warning("Round %s changes nothing: %s", server_round, error)
+            arrays = self._arrays_of(update)
+        except (EmptyRoundError, WeightError, AdapterError) as error:  # too few, or too large for float32 together
+            log.warning("Round %s changes nothing (%s): %s", server_round, error.code, error)
             return None, self._metrics(server_round, None, time.perf_counter() - started)
         self.update = update
         self._learn(update)
-        arrays = self._arrays_of(update)
         return arrays, self._metrics(server_round, update, time.perf_counter() - started)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
