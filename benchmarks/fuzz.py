@@ -23,6 +23,7 @@ import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,7 @@ def total(records: list[Record]) -> Record:
     return result
 
 
-def report(found: dict[str, Record], wall: float, jobs: int, inputs: int) -> str:
-    from importlib.metadata import version
-
+def report(found: dict[str, Record], wall: float, jobs: int, inputs: int, fuzzer: str) -> str:
     from benchmarks.machine import commit, cpu_name
 
     everything = total(list(found.values()))
@@ -198,7 +197,7 @@ def report(found: dict[str, Record], wall: float, jobs: int, inputs: int) -> str
         f"{everything.before / 1024:.0f} MiB before the first input (torch, and libFuzzer's instruments). Temporary "
         f"files and descriptors left behind: {everything.left}.",
         "",
-        f"Commit {commit()}, atheris {version('atheris')}, Python {platform.python_version()}, torch "
+        f"Commit {commit()}, {fuzzer}, Python {platform.python_version()}, torch "
         f"{version('torch')}, safetensors {version('safetensors')}, {cpu_name()}. What the targets and the oracle are: "
         "`tests/fuzzing.py`. Inputs in a second are those of one process, with the oracle's own work and everything "
         "else that this machine did meanwhile. Edges: of this package's code, as libFuzzer counts them, the most that "
@@ -233,8 +232,8 @@ def main() -> int:
         work(options.work, options.inputs, options.seed, options.folder)
         return 0
     try:
-        import atheris  # noqa: F401
-    except ImportError:
+        fuzzer = f"atheris {version('atheris')}"
+    except PackageNotFoundError:
         raise SystemExit("atheris is not installed; pip install 'flexlora_fast[fuzz]'") from None
     folder = options.folder / time.strftime("%Y%m%d-%H%M%S")
     tasks = [(target, number) for target, count in SHARES.items() for number in range(count)]
@@ -247,7 +246,7 @@ def main() -> int:
     found = {
         target: total([r for key, records in done.items() if key[0] == target for r in records]) for target in SHARES
     }
-    text = report(found, wall, options.jobs, options.inputs)
+    text = report(found, wall, options.jobs, options.inputs, fuzzer)
     print(text, end="")
     if options.out is not None:
         options.out.write_text(text, encoding="utf-8")

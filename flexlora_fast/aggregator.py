@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -35,6 +36,7 @@ from flexlora_fast.lowrank import plan
 from flexlora_fast.methods import Method
 from flexlora_fast.planning import Settings
 from flexlora_fast.precision import full_precision
+from flexlora_fast.privacy import Privacy, mechanism
 from flexlora_fast.resident import Resident
 from flexlora_fast.stored import Stored
 from flexlora_fast.update import GlobalUpdate, Refusal
@@ -75,7 +77,7 @@ class Aggregator:
         spool: a folder of your own for the copies, which stay there (default: one that goes with the aggregator, where
             temporary files go).
         progress: a bar on stderr: None shows it on a terminal only.
-        defence: against hostile or broken clients: a name of ``defence.RULES`` ("clip", or with settings
+        defence: against hostile or broken clients: a name of ``defence.RULES`` ("clip" to start with; with settings
             "krum:byzantine=2"), a :class:`~flexlora_fast.defence.Defence`, or None, which trusts all clients. It judges
             the low-rank updates of all layers together, from their Gram matrix: files are read once more for it. What
             it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones. The rules
@@ -83,6 +85,12 @@ class Aggregator:
             solver "dense" whatever ``solver`` says; they give no verdicts.
         min_clients, min_weight: how many clients of positive weight, and what sum of their weights as given, ``finish``
             asks for; those that a defence rejects do not count.
+        privacy: client-level differential privacy: a noised sum of clipped updates over a public denominator. Needs a
+            ``policy`` and a ``rank``, takes weights of 0 to 1, and no defence: whatever would let one client change how
+            others count is refused. Noise is secret and has nothing to do with ``seed``. ``agg.clients`` and
+            ``agg.refused`` are the server's; adapters of the update may go out.
+        reference: in a private round whose policy has heads or other tensors that are no low-rank pairs, an adapter (or
+            its folder) with the values that clients started from.
 
     >>> import torch, flexlora_fast as ff
     >>> agg = ff.Aggregator(rank=2)
@@ -112,6 +120,8 @@ class Aggregator:
         spool: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
         defence: str | Defence | Coordinates | None = None,
+        privacy: Privacy | None = None,
+        reference: Adapter | str | os.PathLike[str] | None = None,
         min_clients: int = 1,
         min_weight: float = 0.0,
     ) -> None:
@@ -142,9 +152,12 @@ class Aggregator:
                 f"defence {self.defence.name!r} takes the place of the sum over clients, which method "
                 f"{self.method.name!r} has not; use method 'flexlora', or another rule"
             )
+        quorum = min_clients > 1 or min_weight > 0
+        summed = mechanism.Summed(rank, self.method, self.solver, missing, self.defence, quorum)
+        self._private = mechanism.of_round(privacy, policy, reference, summed)
         self.refused: list[Refusal] = []
         self._clients: dict[str, Client] = {}
-        self._admission = Admission()
+        self._admission = self._fresh_admission()
         self._kept = 0  # bytes of tensors from files
         self._grams = self._gram_table()
         kernels = self.device.type == "cuda" and obstacle() is None
@@ -190,12 +203,15 @@ class Aggregator:
         try:
             check_name(name)
             self._admission.check_client(name, weight)
+            if self._private is not None:
+                self._private.check_weight(weight)
             source = self._entrance.take(adapter, name, weight)
             try:
                 self._admission.check(name, source)
                 held = self._kept_if_room(source) if self.read == "add" else source
                 if self.read == "add" and self.policy is None:
                     check_values(name, held)
+                factor = 1.0 if self._private is None else self._private.factor(held, float(weight))
             except AdapterError:
                 self._entrance.drop(source)
                 raise
@@ -209,7 +225,7 @@ class Aggregator:
             self._entrance.drop(source)
             raise
         checked = self.read == "add" or self.policy is not None
-        self._clients[name] = Client(name, held, float(weight), source, checked=checked)
+        self._clients[name] = Client(name, held, float(weight), source, checked=checked, factor=factor)
         self._kept += held.skeleton.nbytes if held is not source else 0
         self._admission.accept(name, source)
         if self._resident is not None:
@@ -232,11 +248,15 @@ class Aggregator:
             EmptyRoundError: no client was accepted, or the defence rejects all. WeightError: all weights are zero.
             QuorumError: less than ``min_clients`` or ``min_weight``; add more clients, and call it again.
             OptionError: a layer that does not fit ``memory_limit`` in any way, before anything is computed.
+            PrivacyError: the round would exceed its privacy budget.
             AdapterError: a client whose values are bad (``read="finish"``), or whose file cannot be read any more. It
                 is refused; call ``finish`` again to go on without it, then all others are checked first. Without a
                 client: a layer whose ΔW overflows.
 
         With a defence, clients whose values are bad are refused, and the round goes on without them.
+
+        A private round is charged before its noise is drawn. It may be empty: that nobody came is a secret as well.
+        Each ``finish`` is another release, with noise of its own, and charged again; so is one that fails half-way.
         """
         if self._suspicious:
             self._check_the_others()
@@ -246,16 +266,19 @@ class Aggregator:
         clients = [client for client in judged if client.share > 0]
         self._check_quorum(clients)
         work = Work(clients, self._settings(), grams, self._resident, self._stored)
+        if self._private is not None:  # planned by now, so that what cannot be solved costs nothing
+            work = dataclasses.replace(work, release=self._private.open())
         frame = GlobalUpdate(
             layer_updates={},
             clients=[finishing.record(client) for client in judged],
             refused=list(self.refused),
             method=self.method.name,
             seed=self.seed,
-            template=finishing.template(clients),
+            template=finishing.template(clients) if self._private is None else dict(self._private.config),
             seconds={"collect": time.perf_counter() - self._started},
             defence=None if self.defence is None else str(self.defence),
             verdicts=verdicts,
+            privacy=None if work.release is None else work.release.spent,
         )
         budget = self._make_room(work, grams)
         try:
@@ -286,11 +309,17 @@ class Aggregator:
             self.results,
             memory.room(self.device, self._room),
             self.defence if isinstance(self.defence, Coordinates) else None,
+            self._private,
         )
+
+    def _fresh_admission(self) -> Admission:
+        return Admission() if self._private is None else Admission(self._private.outline)
 
     def _gram_table(self) -> GramTable | None:
         """Grams are worth growing where clients come one by one and their factors go into the sum as they are."""
         if self.read != "add" or not self.method.folds or self.device.type != "cpu" or not cpu.usable("float32"):
+            return None
+        if self._private is not None:
             return None
 
         def wanted(spec: LayerSpec, columns: int, sixteen: bool) -> bool:
@@ -331,8 +360,14 @@ class Aggregator:
 
     def _weighted(self) -> list[Client]:
         """The clients of positive weight with their shares, in canonical order: sums come out the same whatever the
-        order of arrival. Weight 0 equals absent.
+        order of arrival. Weight 0 equals absent. In a private round shares are the weights as they are, and nobody is
+        missed.
         """
+        if self._private is not None:
+            clients = [self._clients[name] for name in self.clients if self._clients[name].weight > 0]
+            for client in clients:
+                client.share = client.weight
+            return clients
         if not self._clients:
             refused = f"; {len(self.refused)} were refused, the first: {self.refused[0].reason}" if self.refused else ""
             raise EmptyRoundError(f"no client is in this round{refused}; add at least one adapter")
@@ -349,6 +384,8 @@ class Aggregator:
 
     def _check_quorum(self, clients: list[Client]) -> None:
         """Raise ``QuorumError`` where those that the update would be made of are too few, or weigh too little."""
+        if self._private is not None:
+            return  # of nobody, noise is released
         weight = sum(client.weight for client in clients)  # which may be infinite
         if len(clients) < self.min_clients or weight < self.min_weight:
             raise QuorumError(
@@ -401,6 +438,6 @@ class Aggregator:
         if self._grams is not None:
             self._grams.forget(name)
         self._entrance.drop(gone.source)
-        self._admission = Admission()
+        self._admission = self._fresh_admission()
         for client in self._clients.values():
             self._admission.accept(client.name, client.source)

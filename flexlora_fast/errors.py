@@ -113,6 +113,18 @@ class OptionError(FlexLoRAError, ValueError):
     """An unknown method, solver, split or other option."""
 
 
+class ProtocolError(FlexLoRAError, ValueError):
+    """A plan, message or sum of secure aggregation that is malformed, or comes out of turn."""
+
+    code = "protocol"
+
+
+class PrivacyError(FlexLoRAError, ValueError):
+    """A round that would exceed its privacy budget, a ledger that cannot be believed, or a library that is missing."""
+
+    code = "privacy"
+
+
 class BackendError(FlexLoRAError, RuntimeError):
     """A backend or device that was asked for by name and cannot run here."""
 

@@ -10,10 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flexlora_fast import config as configs
 from flexlora_fast import extras, files, storage
 from flexlora_fast.progress import track
 from flexlora_fast.readahead import ReadAhead
+from flexlora_fast.skeleton import Form
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate
 from flexlora_fast.work import Client, Work
 
@@ -25,7 +28,7 @@ def to_memory(work: Work, frame: GlobalUpdate, budget: int, progress: bool | Non
     solve_layers(work, budget, lambda layer: layers.__setitem__(layer.name, layer), progress)
     layers = dict(sorted(layers.items()))
     solved = time.perf_counter()
-    averages = {key: extras.average(key, work.clients, work.settings.coordinates) for key in extras.forms(work.clients)}
+    averages = {key: _extra(key, work) for key in _forms(work)}
     seconds = frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved}
     return dataclasses.replace(frame, layer_updates=layers, extras=averages, seconds=seconds)
 
@@ -40,19 +43,30 @@ def to_file(
     seconds: dict[str, float] = {}
 
     def write(to: str) -> None:
-        specs, forms = [layer.spec for layer in work.plans], extras.forms(work.clients)
+        specs, forms = [layer.spec for layer in work.plans], _forms(work)
         with storage.UpdateWriter(to, specs, forms, storage.about(frame)) as writer:
             start = time.perf_counter()
             solve_layers(work, budget, writer.add, progress)
             solved = time.perf_counter()
             for key in writer.extras:
-                writer.add_extra(key, extras.average(key, work.clients, work.settings.coordinates))
+                writer.add_extra(key, _extra(key, work))
             seconds.update(frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved})
             writer.finish(seconds if timed else {})
 
     out.parent.mkdir(parents=True, exist_ok=True)
     files.replace(out, write)
     return dataclasses.replace(storage.load(out), seconds=seconds)
+
+
+def _forms(work: Work) -> dict[str, Form]:
+    """Of the tensors that are no low-rank pairs; in a private round the policy's, whoever came."""
+    return extras.forms(work.clients) if work.release is None else work.release.of.forms
+
+
+def _extra(key: str, work: Work) -> Tensor:
+    if work.release is not None:
+        return extras.released(key, work.clients, work.release)
+    return extras.average(key, work.clients, work.settings.coordinates)
 
 
 def solve_layers(work: Work, budget: int, take: Callable[[LayerUpdate], None], progress: bool | None) -> None:

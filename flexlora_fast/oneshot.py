@@ -9,12 +9,14 @@ from typing import Literal
 
 import torch
 
+from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.defence import Coordinates, Defence
 from flexlora_fast.errors import FlexLoRAError, WeightError
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.gate.entrance import Source
 from flexlora_fast.methods import Method
+from flexlora_fast.privacy import Privacy
 from flexlora_fast.progress import track
 from flexlora_fast.update import GlobalUpdate
 
@@ -37,6 +39,8 @@ def aggregate(
     policy: RoundPolicy | None = None,
     progress: bool | None = None,
     defence: str | Defence | Coordinates | None = None,
+    privacy: Privacy | None = None,
+    reference: Adapter | str | os.PathLike[str] | None = None,
 ) -> GlobalUpdate:
     """Aggregate a round of LoRA adapters of any mix of ranks: :class:`Aggregator` fed in a loop.
 
@@ -81,6 +85,8 @@ def aggregate(
         policy=policy,
         progress=progress,
         defence=defence,
+        privacy=privacy,
+        reference=reference,
     )
     for option, values in (("weights", weights), ("clients", clients)):
         if values is not None and len(values) != len(adapters):

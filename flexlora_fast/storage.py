@@ -20,6 +20,7 @@ from flexlora_fast.errors import AdapterError
 from flexlora_fast.files import replace
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.privacy import Spent
 from flexlora_fast.skeleton import Form
 from flexlora_fast.tensorfile import TensorFile, TensorWriter
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
@@ -61,7 +62,9 @@ def about(update: GlobalUpdate) -> dict[str, Any]:
             if by_identity[identity] == len(kinds):
                 kinds.append(kind)
         clients.append({"name": record.name, "weight": record.weight, "kind": by_identity[identity]})
-    return {
+    # No key at all without privacy, so that files of format 3 stay what they were.
+    private = {} if update.privacy is None else {"privacy": dataclasses.asdict(update.privacy)}
+    return private | {
         "clients": clients,
         "kinds": kinds,
         "refused": [dataclasses.asdict(refusal) for refusal in update.refused],
@@ -204,6 +207,7 @@ def _parse(about: dict[str, Any], file: TensorFile) -> GlobalUpdate:
         seconds=about["seconds"],
         defence=about["defence"],
         verdicts=[Verdict(**verdict) for verdict in about["verdicts"]],
+        privacy=Spent(**about["privacy"]) if "privacy" in about else None,
     )
 
 

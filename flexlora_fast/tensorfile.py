@@ -311,7 +311,7 @@ def read_index(read: Callable[[int, int], bytes], size: int, longest: int = LONG
 
 def _parse(header: bytes, digest: bytes) -> Index:
     try:
-        document = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+        document = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise BadFileError(f"its header is not JSON: {error}") from error
     if not isinstance(document, dict) or header[:1] != b"{":
@@ -330,7 +330,8 @@ def _parse(header: bytes, digest: bytes) -> Index:
     return Index(entries, metadata, 8 + len(header), digest)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads(object_pairs_hook=…)``: raises ``ValueError`` where an object has a name twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name occurs twice")

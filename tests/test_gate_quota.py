@@ -138,6 +138,7 @@ def test_a_mapping_of_ranks_is_stored_and_a_function_is_not(tmp_path: Path) -> N
         {"client_ranks": {"a": ()}},
         {"client_ranks": {"a": (9,)}},
         {"client_ranks": 8},
+        {"client_ranks": {"a": 8}},
         {"partial": 1},
     ],
     ids=str,

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -345,6 +346,7 @@ def test_a_round_is_taken_up_under_what_it_began_with(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"rank": 0}, {"solver": "x"}, {"duplicate": "x"}, {"spool": "x"}, {"read": "x"}, {"device": "x"}, {"defence": "x"},
+     {"tol": float("inf")}, {"seed": torch.tensor(3)},
      {"min_clients": 0}, {"defence": ff.defence.FLTrust(reference=client("ref", 2).adapter())}],
     ids=lambda wrong: next(iter(wrong)),
 )  # fmt: skip
@@ -507,6 +509,22 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(JournalError):
         opened(tmp_path / "file")
+
+
+@pytest.mark.parametrize("gone", ["spool", "manifest.jsonl", "quarantine"])
+def test_a_round_that_lost_its_head_is_not_begun_again(gone: str, tmp_path: Path) -> None:
+    """Any one part says that something was here."""
+    round_ = filled(tmp_path / "r")
+    with pytest.raises(RefusedError):
+        round_.add(SENT["nan"], client="nan")
+    round_.close()
+    os.unlink(tmp_path / "r" / "round.json")
+    for part in {"spool", "manifest.jsonl", "quarantine"} - {gone}:
+        (shutil.rmtree if (tmp_path / "r" / part).is_dir() else os.unlink)(tmp_path / "r" / part)
+    before = files(tmp_path / "r")
+    with pytest.raises(JournalError, match="restore it from a copy"):
+        opened(tmp_path / "r")
+    assert files(tmp_path / "r") == before and before
 
 
 @pytest.mark.parametrize(

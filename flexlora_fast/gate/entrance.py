@@ -7,12 +7,13 @@ import shutil
 import tempfile
 import weakref
 
+import numpy as np
+
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.errors import AdapterError, OptionError, RefusedError
+from flexlora_fast.errors import AdapterError, OptionError
 from flexlora_fast.gate.intake import Spool, Upload
 from flexlora_fast.gate.policy import RoundPolicy, discard
-from flexlora_fast.gate.reasons import Reason
-from flexlora_fast.tensorfile import TensorFile
+from flexlora_fast.gate.quota import Quota
 
 Source = Adapter | str | os.PathLike[str] | bytes | Upload
 
@@ -30,26 +31,23 @@ class Entrance:
             raise OptionError("spool is where a policy's copies go, and there is no policy; give one, or no spool")
         self.policy, self._spool = policy, spool
         self._copies: set[Adapter] = set()
-        self._clients = self._bytes = 0  # of what is in the round
+        self._quota = None if policy is None else Quota(policy)
 
     def take(self, source: Source, client: str, weight: float) -> Adapter:
         """The adapter in ``source``; with a policy its values are checked as well.
 
         Raises ``AdapterError``, with a policy ``RefusedError``.
         """
-        if self.policy is None:
+        if isinstance(source, np.ndarray):
+            raise AdapterError(
+                "an array is no adapter; sketches and their sums go to secure.Server, which takes no defence and no "
+                "policy: those judge single updates, and secure aggregation hides them"
+            )
+        if self.policy is None or self._quota is None:
             if isinstance(source, bytes | Upload):
                 raise AdapterError("bytes do not tell their scales; give the round a policy, or an Adapter")
             return source if isinstance(source, Adapter) else Adapter.load(source, client=client)
-        if self.policy.max_clients is not None and self._clients >= self.policy.max_clients:
-            raise RefusedError(
-                f"the round has its {self.policy.max_clients} clients",
-                code=Reason.ROUND_FULL,
-                value=self._clients,
-                remedy="take it into the next round, or give the policy another max_clients",
-            )
-        most = self.policy.max_round_bytes
-        room = None if most is None else most - self._bytes
+        room = self._quota.room()
         if isinstance(source, Adapter):
             self.policy.check(source, client=client, weight=weight, room=room)
             adapter = source
@@ -63,17 +61,15 @@ class Entrance:
 
     def drop(self, adapter: Adapter) -> None:
         """A client that was taken is refused after all: its place is free, and its copy removed, if there is one."""
-        if self.policy is None:
-            return
-        self._clients -= 1
-        self._bytes -= _size(adapter)
+        if self._quota is not None:
+            self._quota.remove(adapter)
         if adapter in self._copies:
             self._copies.remove(adapter)
             discard(adapter)
 
     def _counted(self, adapter: Adapter) -> Adapter:
-        self._clients += 1
-        self._bytes += _size(adapter)
+        if self._quota is not None:
+            self._quota.add(adapter)
         return adapter
 
     def _folder(self) -> Spool:
@@ -81,8 +77,3 @@ class Entrance:
             self._spool = tempfile.mkdtemp(prefix="flexlora-")
             weakref.finalize(self, shutil.rmtree, self._spool, ignore_errors=True)
         return self._spool
-
-
-def _size(adapter: Adapter) -> int:
-    """Bytes of its weights as they came."""
-    return adapter.tensors.index.size if isinstance(adapter.tensors, TensorFile) else adapter.skeleton.nbytes

@@ -172,8 +172,8 @@ class RoundPolicy:
         return stored.save(self, path)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both admit the same: that is whether their documents are equal."""
-        return isinstance(other, RoundPolicy) and self.to_json() == other.to_json()
+        """Whether both admit the same: that is whether their documents are equal. Raises as ``to_json`` does."""
+        return self is other or (isinstance(other, RoundPolicy) and self.to_json() == other.to_json())
 
     def __hash__(self) -> int:
         return hash((self.max_bytes, frozenset(self.ranks), frozenset(self.reference.specs)))
@@ -366,16 +366,8 @@ class RoundPolicy:
                     remedy="use one rank for all of them",
                 ) from None
             names = {key: key for key in sorted(forms)}
-            known = Skeleton(
-                config,
-                of.specs,
-                of.bias_keys,
-                list(of.extras),
-                dict(ranks),
-                scales,
-                names,
-                {k: forms[k] for k in names},
-            )
+            forms = {key: forms[key] for key in names}
+            known = Skeleton(config, of.specs, of.bias_keys, list(of.extras), dict(ranks), scales, names, forms)
             self._skeletons[index.digest] = known
         return known
 
@@ -395,7 +387,7 @@ class RoundPolicy:
             raise OptionError(f"partial is {self.partial!r}; give True or False")
         if isinstance(self.client_ranks, Mapping):
             for client, ranks in self.client_ranks.items():
-                if not ranks or not set(ranks) <= set(self.ranks):
+                if not isinstance(ranks, Collection) or not ranks or not set(ranks) <= set(self.ranks):
                     raise OptionError(f"client_ranks[{client!r}] is {shown(ranks)}; give some of {shown(self.ranks)}")
         elif not (self.client_ranks is None or callable(self.client_ranks)):
             raise OptionError(f"client_ranks is {shown(self.client_ranks)}; give a mapping or a function")

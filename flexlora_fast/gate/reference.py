@@ -39,8 +39,7 @@ class Reference:
 
     @classmethod
     def of(cls, skeleton: Skeleton) -> Reference:
-        extras = {key: skeleton.forms[key] for key in skeleton.extra_keys}
-        return cls(skeleton.config, skeleton.specs, skeleton.scales, skeleton.bias_keys, extras)
+        return cls(skeleton.config, skeleton.specs, skeleton.scales, skeleton.bias_keys, skeleton.extras)
 
     @classmethod
     def of_shapes(

@@ -35,8 +35,8 @@ class SpoolEntrance(Entrance):
 
     def keep(self, adapter: Adapter, client: str, weight: float) -> None:
         if adapter in self._copies:
+            self._copies.remove(adapter)  # the journal's from now on, come what may
             self._commit(client, weight)
-            self._copies.remove(adapter)  # the journal's from now on
 
     def _folder(self) -> Spool:
         return self._new_file

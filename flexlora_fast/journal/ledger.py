@@ -56,10 +56,6 @@ class Ledger:
         self.numbers.add(self.last)
         getattr(self, f"_{record['kind']}")(record)
 
-    def live(self, n: int) -> bool:
-        """Whether line ``n`` accepted an upload that still counts."""
-        return any(entry.n == n for entry in self.accepted.values())
-
     def refused(self) -> list[Refusal]:
         """Who is not in the round and why, in an order that does not depend on who came first: a server that died may
         have been sent the same again in another one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any, TypedDict
 
 import torch
@@ -39,6 +40,11 @@ def recorded(given: Options) -> dict[str, Any]:
     """The given ones, JSON-able. Raises ``OptionError`` for what has no name to be recorded by."""
     found: dict[str, Any] = dict(given)
     unknown = sorted(found.keys() - Options.__annotations__.keys())
+    if "privacy" in unknown:
+        raise OptionError(
+            "a journal keeps uploads and replays them, and a private round may be released once: its noise is made anew "
+            "by each finish(), which the ledger charges; use Aggregator(privacy=…)"
+        )
     if unknown:
         raise OptionError(f"{unknown[0]!r} is no option of a round; it has {', '.join(Options.__annotations__)}")
     if "method" in found:
@@ -54,6 +60,11 @@ def recorded(given: Options) -> dict[str, Any]:
         raise OptionError(f"duplicate {found['duplicate']!r} is neither 'refuse' nor 'replace'")
     if "quarantine" in found:
         found["quarantine"] = dataclasses.asdict(found["quarantine"])
+    for name, value in found.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            raise OptionError(f"{name} is {value!r}, which JSON cannot record; give a plain, finite value") from None
     return found
 
 

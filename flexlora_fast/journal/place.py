@@ -90,7 +90,9 @@ class Place:
                 raise JournalError(f"{str(path)!r} is no folder ({stat.filemode(mode)}), as a round has it there")
 
     def check_foreign(self) -> None:
-        """Raise ``JournalError`` where a new round would get between the files of something else."""
+        """Raise ``JournalError`` where a new round would get between the files of something else, or of a round that
+        lost its head.
+        """
         ours = {_LINES, _LOCK, _SPOOL, _QUARANTINE}
         with os.scandir(self.path) as entries:
             foreign = sorted(x.name for x in entries if x.name not in ours and not x.name.startswith(f".{_HEAD}."))
@@ -99,6 +101,13 @@ class Place:
             raise JournalError(
                 f"{str(self.path)!r} is no round, and holds something else ({', '.join(foreign[:3])} …); give a folder "
                 "of its own"
+            )
+        held = [path for path in (self.spool, self.quarantine) if path.is_dir() and any(path.iterdir())]
+        held += [self.lines] if os.path.lexists(self.lines) and os.lstat(self.lines).st_size else []
+        if held:
+            raise JournalError(
+                f"{str(self.head)!r} is gone, and {str(held[0])!r} is not empty; restore it from a copy, or "
+                "give another folder"
             )
 
     # -- one writer ---

@@ -93,7 +93,7 @@ class Journal:
             yield
         finally:
             self._arriving = self._flushed = None
-            if self.next == number:
+            if self.next == number and not self.doubtful:  # else its line may be there
                 self.place.upload(number).unlink(missing_ok=True)
 
     def new_file(self) -> tuple[int, str]:
