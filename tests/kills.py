@@ -120,6 +120,7 @@ def outcome(folder: Path) -> tuple[bytes, list[str], list[tuple[str, str]]]:
     left = {path.name for path in folder.iterdir()}
     assert left == {"round.json", "manifest.jsonl", "lock", "spool", "quarantine", UPDATE}, left
     assert len(list((folder / "spool").iterdir())) == len(status.clients)
+    assert not [path for path in (folder / "quarantine").iterdir() if path.name.startswith(".")]
     return (
         (folder / UPDATE).read_bytes(),
         [entry.client for entry in status.clients],

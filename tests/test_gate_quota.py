@@ -253,6 +253,7 @@ def test_a_disk_that_is_full_costs_nobody_anything(where: str, tmp_path: Path, m
     content = encoded(rounds.client("a"))
     policy = policy_for(rounds.client("a"), max_clients=1, max_round_bytes=len(content))
     agg = ff.Aggregator(policy=policy, spool=tmp_path)
+    gc.collect()  # what tests before this one left
     before = len(os.listdir("/proc/self/fd"))
 
     def full(*_: Any, **__: Any) -> Any:

@@ -241,6 +241,24 @@ def test_grams_of_a_client_that_went_are_not_taken_for_those_of_the_next_of_its_
     assert table.of("fc", stored) is None and table.of("fc", pairs[1:]) is not None
 
 
+def test_a_full_round_is_still_full_when_it_is_taken_up(tmp_path: Path) -> None:
+    of = ff.RoundPolicy.from_adapter(
+        client("ref", 4).adapter(), ranks=range(1, 5), scale="constant", max_clients=2, max_round_bytes=3000
+    )
+    Round.open(tmp_path / "r", policy=of, duplicate="replace").close()
+    for name, rank, code in (("a", 1, ""), ("b", 1, ""), ("c", 1, "round-full"), ("a", 2, ""), ("d", 1, "round-full")):
+        with Round.open(tmp_path / "r") as round_:
+            if not code:
+                assert round_.add(sent(name, rank), client=name).new
+                continue
+            with pytest.raises(RefusedError) as caught:
+                round_.add(sent(name, rank), client=name)
+            assert caught.value.code == code
+    with Round.open(tmp_path / "r") as round_:
+        round_.drop("b", "tested")
+        assert round_.add(sent("c", 1), client="c").new and round_.clients == ["a", "c"]
+
+
 def test_threads_may_add_at_once(tmp_path: Path) -> None:
     names = [f"c{i}" for i in range(12)]
     with opened(tmp_path / "r") as round_:
@@ -328,6 +346,12 @@ def test_the_quarantine_has_an_end(tmp_path: Path) -> None:
 
 
 # -- options ---
+
+
+def test_a_private_round_is_none_to_replay(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="a private round may be released once"):
+        Round.open(tmp_path / "r", policy=policy(), rank=4, privacy=None)  # type: ignore[call-arg]
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_round_is_taken_up_under_what_it_began_with(tmp_path: Path) -> None:

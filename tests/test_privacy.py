@@ -372,6 +372,8 @@ def test_nothing_about_the_guarantee_has_a_default() -> None:
         ({"solver": "krylov"}, "solver 'krylov' works"),
         ({"solver": "filtered"}, "solver 'filtered' works"),
         ({"solver": "svd"}, "solver 'svd' works"),
+        ({"min_clients": 2}, "whether there is an update would tell who came"),
+        ({"min_weight": 0.5}, "whether there is an update would tell who came"),
     ],
 )
 def test_rounds_that_cannot_be_accounted_for(options: dict[str, Any], message: str) -> None:
@@ -388,6 +390,19 @@ def test_a_policy_is_needed_and_privacy_must_be_one() -> None:
         ff.Aggregator(rank=4, policy=policy(), privacy=1.0)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="give it with privacy="):
         ff.Aggregator(rank=4, policy=policy(), reference=members(1)[0].adapter())
+
+
+@pytest.mark.parametrize("quota", ["max_clients", "max_round_bytes"])
+def test_quotas_by_which_one_client_keeps_another_out(quota: str) -> None:
+    with pytest.raises(OptionError, match="the policy has max_clients or max_round_bytes: one client would decide"):
+        aggregator(policy=policy(**{quota: 10**6}))
+
+
+def test_clients_that_leave_layers_out_count_as_zero_there(silent: None) -> None:
+    clients = [members(2)[0].without("h.0.up"), members(2)[1]]
+    update = aggregate(clients, privacy(clip=2.0), policy=policy(partial=True))
+    np.testing.assert_allclose(flat(update), clipped_mean(clients, 2.0, 4.0), atol=1e-6)
+    assert len(aggregate(clients[:1], privacy(clip=2.0), policy=policy(partial=True)).layers) == 4
 
 
 def test_weights_above_one() -> None:

@@ -42,8 +42,8 @@ def recorded(given: Options) -> dict[str, Any]:
     unknown = sorted(found.keys() - Options.__annotations__.keys())
     if "privacy" in unknown:
         raise OptionError(
-            "a journal keeps uploads and replays them, and a private round may be released once: its noise is made anew "
-            "by each finish(), which the ledger charges; use Aggregator(privacy=…)"
+            "a journal keeps uploads and replays them, and a private round may be released once: its noise is made "
+            "anew by each finish(), which the ledger charges; use Aggregator(privacy=…)"
         )
     if unknown:
         raise OptionError(f"{unknown[0]!r} is no option of a round; it has {', '.join(Options.__annotations__)}")

@@ -130,7 +130,7 @@ class Place:
     def leftovers(self) -> list[Path]:
         """Temporary files of writes that were cut short."""
         found = [path for name in (_HEAD, _LINES, UPDATE_NAME) for path in self.path.glob(f".{name}.*")]
-        return found + list(self.quarantine.glob(".*.json.*"))
+        return found + list(self.quarantine.glob(".[0-9]*"))
 
 
 class Log:

@@ -68,8 +68,8 @@ def of_round(
     _check(how)
     if policy.max_clients is not None or policy.max_round_bytes is not None:
         raise OptionError(
-            "the policy has max_clients or max_round_bytes: one client would decide whether another finds room, so that "
-            "nobody knows how far one can move the sum; give a policy without (sampling bounds who comes)"
+            "the policy has max_clients or max_round_bytes: one client would decide whether another finds room, so "
+            "that nobody knows how far one can move the sum; give a policy without (sampling bounds who comes)"
         )
     public = reference if reference is None or isinstance(reference, Adapter) else Adapter.load(reference)
     made = Mechanism(privacy, policy, public)
