@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,14 +11,17 @@ import torch
 from flwr.app import ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
 from flwr.supercore.task_identity import TaskIdentity
 
 import flexlora_fast as ff
-from flexlora_fast.integrations.flower import flexlora_mod, from_record, to_record
+from flexlora_fast.integrations.flower import FlexLoRAStrategy, flexlora_mod, from_record, to_record
 from tests import rounds
 
-LAYERS = rounds.LINEAR
 ALPHA, LARGEST = 8, 8
+RANKS = {1: 2, 2: 4, 3: 8}  # of the nodes of ``three``
+LOWEST = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
+A, B = rounds.LINEAR[0].keys()
 Train = Callable[[Message, Context], RecordDict]
 
 
@@ -125,3 +129,23 @@ class LocalGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))
+
+
+def three(**configs: Any) -> LocalGrid:
+    """Nodes 1, 2, 3 of ranks 2, 4, 8 and weights 10, 20, 30."""
+    apps = {node: app(trains(rank, seed=node, weight=10 * node)) for node, rank in RANKS.items()}
+    return LocalGrid(apps, configs.get("configs", {node: {"lora-rank": rank} for node, rank in RANKS.items()}))
+
+
+def ranks_sent(grid: LocalGrid, node: int) -> list[int]:
+    """The rank of each training message's arrays."""
+    return [from_record(message.content["arrays"])[A].shape[0] for message in trainings(grid, node)]
+
+
+def trainings(grid: LocalGrid, node: int) -> list[Message]:
+    return [m for m in grid.sent[node] if m.metadata.message_type == "train" and "arrays" in m.content]
+
+
+@functools.cache
+def undisturbed() -> Result:
+    return FlexLoRAStrategy(policy(), ranks=RANKS).start(three(), initial(), num_rounds=2)
