@@ -58,7 +58,8 @@ class FlexLoRAStrategy(FedAvg):
 
     Each round's metrics are the nodes' own, averaged over those accepted, and: flexlora-accepted, flexlora-refused
     (and flexlora-refused-CODE), flexlora-silent (nodes that did not answer), flexlora-norm (‖ΔW‖_F),
-    flexlora-energy-kept-rN (at each rank N of the round) and flexlora-seconds (of aggregation).
+    flexlora-energy-kept-rN (at each rank N of the round) and flexlora-seconds (of aggregation). The own ones of nodes
+    that were in the round before a restart are not in its averages: their journal has uploads alone.
 
     Raises ``OptionError`` for ranks that the policy does not allow, ``AdapterError`` for initial arrays that are not
     the policy's tensors.
