@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -103,9 +104,10 @@ def completed(env: dict[str, str]) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the app; returns 0 where the run came to its end."""
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is stopped then, too
     with tempfile.TemporaryDirectory(prefix="flexlora-flower-") as folder, ExitStack() as stack:
         home = Path(folder)
-        env, port, address = environment(home), free_port(), ""
+        env, port = environment(home), free_port()
         address = f"127.0.0.1:{port}"
         config = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
         if not options.deploy:
@@ -121,11 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stack.enter_context(running(node, env, home / f"supernode-{number}.log"))
         settings = [f'data="{options.data.resolve()}"', f"num-server-rounds={options.rounds}", f"steps={options.steps}"]
         settings += [f"hostile-partition={HOSTILE if options.hostile else -1}", f"nodes={len(RANKS)}"]
-        settings += [
-            f'{name}="{path and Path(path).resolve()}"'
-            for name, path in vars(options).items()
-            if name in ("directory", "out")
-        ]
+        for name, path in (("directory", options.directory), ("out", options.out)):
+            settings.append(f'{name}="{path and Path(path).resolve()}"')
         run = ["flwr", "run", str(HERE), "here", "--stream", "--run-config", " ".join(settings)]
         for _ in range(2 if options.again else 1):
             print(f"$ {shlex.join(run)}", flush=True)

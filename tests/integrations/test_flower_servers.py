@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -57,12 +58,33 @@ def check_run(output: str, out: Path) -> None:
     adapter.validate_finite()
 
 
+@contextlib.contextmanager
+def started(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The example, until the block is left; then it and all that it started are gone."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    below: list[psutil.Process] = []
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            below = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        for left in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+
+
 @pytest.mark.parametrize("how", [[], ["--deploy"]], ids=["simulation", "SuperLink and SuperNodes"])
 def test_three_rounds_of_mixed_ranks_with_a_hostile_node(how: list[str], tmp_path: Path) -> None:
-    arguments = command("--hostile", "--data", str(DATA), "--out", str(tmp_path / "out"), *how)
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=560, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    check_run(done.stdout, tmp_path / "out")
+    log, out = tmp_path / "log", tmp_path / "out"
+    with started(command("--hostile", "--data", str(DATA), "--out", str(out), *how), log) as process:
+        assert process.wait(560) == 0, log.read_text()[-3000:]
+    check_run(log.read_text(), out)
 
 
 def server_apps(parent: int) -> list[psutil.Process]:
@@ -80,9 +102,7 @@ def test_a_server_killed_in_the_middle_of_a_round_goes_on_there(tmp_path: Path) 
     directory, out = tmp_path / "rounds", tmp_path / "out"
     arguments = command("--deploy", "--data", str(DATA), "--directory", str(directory), "--out", str(out), "--again")
     log = tmp_path / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(arguments, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-    try:
+    with started(arguments, log) as process:
         manifest = directory / "round-0002" / "manifest.jsonl"
         end = time.monotonic() + 400
         while not (manifest.is_file() and manifest.read_bytes().endswith(b"\n")):  # a line: one upload acknowledged
@@ -92,10 +112,6 @@ def test_a_server_killed_in_the_middle_of_a_round_goes_on_there(tmp_path: Path) 
         for server in killed:
             server.kill()
         assert process.wait(500) == 0, log.read_text()[-3000:]
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(60)
     text = log.read_text()
     assert killed
     assert "has 1 finished rounds; going on after them" in text
