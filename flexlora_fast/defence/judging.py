@@ -42,7 +42,7 @@ def judge(
     for client in clients:
         client.factor = 1.0
     judged = [*clients, *_reference(defence, clients, admission)]
-    gram = gram_of(Work(judged, settings, grams))
+    gram = gram_of(Work(judged, settings, grams), pairs=not getattr(defence, "norms_only", False))
     for client in clients:
         if not client.checked:
             _check_extras(client)
