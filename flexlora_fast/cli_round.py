@@ -62,7 +62,9 @@ def resume(
     ] = False,
     split: Annotated[str, typer.Option(help="Where singular values go: B, balanced (√S in each) or A.")] = "B",
     dtype: Annotated[str, typer.Option(help=f"Of the factors written: {', '.join(DTYPES)}.")] = "keep",
-    memory_limit: Annotated[str | None, typer.Option(metavar="SIZE", help="As for aggregate.")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="As for aggregate; for the same bytes, what the server had.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier round in OUT.")] = False,
     full: Full = False,
     as_json: Json = False,

@@ -175,12 +175,11 @@ def check_folder(path: Path) -> None:
 
 
 def make(path: Path) -> None:
-    """Have a folder, and all above it, on disk: a power cut takes none of those that were made away."""
-    if path.is_dir():
-        return
-    make(path.parent)
+    """Make a folder; all that are made above it are on disk then (its own name ``create`` flushes)."""
+    if not path.parent.is_dir():
+        make(path.parent)
+        sync_folder(path.parent.parent)
     path.mkdir(exist_ok=True)
-    sync_folder(path.parent)
 
 
 def put(path: Path, content: bytes) -> None:

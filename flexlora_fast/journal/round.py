@@ -102,7 +102,8 @@ class Round:
 
         Args:
             path: of its folder. policy: what clients may send; needed to begin.
-            memory_limit, read, progress: as for ``Aggregator``, of this process alone.
+            memory_limit, read, progress: as for ``Aggregator``, of this process alone. A layer that does not fit
+                ``memory_limit`` comes out with other bytes: for the same ones give the same limit.
             rank, method, solver, tol, device, seed, missing, certificate, defence, min_clients, min_weight: as for
                 ``Aggregator``. Methods and defences go by their names.
             duplicate: what becomes of another upload of a client that is in the round: "refuse", or "replace".
@@ -378,7 +379,7 @@ def _record(journal: Journal, update: GlobalUpdate) -> None:
         os.unlink(path)
         raise JournalError(
             f"the update came out with SHA-256 {digest[:16]}…, and had {done['sha256'][:16]}… when the round was "
-            "finished; finish it with the same versions, on the same kind of machine"
+            "finished; finish it with the same versions and memory_limit, on the same kind of machine"
         )
     journal.damage = []
 
