@@ -82,7 +82,11 @@ def resume(
         if out is not None:
             outputs.check(out, [folder], force)
     with failures(), Round.open(folder, memory_limit=memory_limit) as round_:
-        for client in without or []:
+        left_out = dict.fromkeys(without or [])
+        strangers = sorted(left_out.keys() - {*round_.clients})
+        if strangers:  # before any of the others is dropped, whose upload that removes
+            raise OptionError(f"--without {strangers[0]!r} is not in the round; `round status` tells who is")
+        for client in left_out:
             round_.drop(client, "by the command line")
         for line in without_line or []:
             round_.forgo(line, "by the command line")
