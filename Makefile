@@ -13,7 +13,7 @@ GPU_PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := peft,test,demo,bench
+EXTRAS := peft,test,demo,bench,flower
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 BENCH := $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,rounds
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .PHONY: help venv test test-all test-integrations check fuzz demo bench bench-quick gpu calibrate clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.built  ## .venv with the pinned dependencies and this checkout, editable, its extension built
 
@@ -54,8 +54,8 @@ test: check  ## Style, types, doctests and all tests but the slow ones
 test-all: check  ## The same with the slow tests
 	$(PYTEST) -n $(JOBS) -m 'not integration'
 
-test-integrations: venv .demo-data/.downloaded .demo-data/.smollm2  ## Frameworks' own loops on this machine, in minutes
-	$(BIN)/python -m pip install -q -c constraints.txt trl datasets gguf
+test-integrations: venv .demo-data/.downloaded .demo-data/.smollm2  ## Frameworks' own servers, clients and loops on this machine, in minutes
+	$(BIN)/python -m pip install -q -c constraints.txt 'flwr[simulation]' trl datasets gguf
 	$(PYTEST) -m integration tests/integrations
 
 $(VENV)/.fuzzer: constraints.txt | $(VENV)/.built

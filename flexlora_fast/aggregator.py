@@ -212,7 +212,7 @@ class Aggregator:
                 if self.read == "add" and self.policy is None:
                     check_values(name, held)
                 factor = 1.0 if self._private is None else self._private.factor(held, float(weight))
-            except AdapterError:
+            except BaseException:
                 self._entrance.drop(source)
                 raise
         except FlexLoRAError as error:
@@ -439,5 +439,4 @@ class Aggregator:
             self._grams.forget(name)
         self._entrance.drop(gone.source)
         self._admission = self._fresh_admission()
-        for client in self._clients.values():
-            self._admission.accept(client.name, client.source)
+        self._admission.accept_all({client.name: client.source for client in self._clients.values()})

@@ -135,7 +135,10 @@ def shown(value: object, longest: int = 100) -> str:
     >>> shown("q_proj"), shown("a" * 50, longest=9)
     ("'q_proj'", "'aaaaaaa…")
     """
-    text = repr(value[: longest + 1] if isinstance(value, str | bytes) else value)
+    try:
+        text = repr(value[: longest + 1] if isinstance(value, str | bytes) else value)
+    except ValueError:  # whole numbers of thousands of digits have no text
+        text = f"<a {type(value).__name__} too long to quote>"
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
