@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path, PurePath
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from flexlora_fast import defence as defences
 from flexlora_fast import devices, finishing, memory, methods
@@ -16,6 +18,7 @@ from flexlora_fast.adapter import Adapter
 from flexlora_fast.admission import Admission, check_name, check_values
 from flexlora_fast.backends import cpu
 from flexlora_fast.defence import Coordinates, Defence, Verdict, judging
+from flexlora_fast.defence.gram import gram_of
 from flexlora_fast.errors import (
     AdapterError,
     EmptyRoundError,
@@ -41,6 +44,7 @@ from flexlora_fast.work import Client, Work
 MISSING = ("zero", "renormalize")
 READ = ("add", "finish")
 RESULTS = ("cpu", "device")
+T = TypeVar("T")
 
 
 class Aggregator:
@@ -219,6 +223,16 @@ class Aggregator:
 
         With a defence, clients whose values are bad are refused, and the round goes on without them.
         """
+
+        def solve(work: Work, frame: GlobalUpdate, budget: int) -> GlobalUpdate:
+            if out is None:
+                return finishing.to_memory(work, frame, budget, self.progress)
+            return finishing.to_file(work, frame, budget, self.progress, Path(out))
+
+        return self._finished(solve)
+
+    def _finished(self, solve: Callable[[Work, GlobalUpdate, int], T]) -> T:
+        """What ``solve`` makes of the round's work, an update without layers, and bytes to read ahead."""
         if self._suspicious:
             self._check_the_others()
         there = self._kept + (0 if self._grams is None else self._grams.nbytes)
@@ -239,10 +253,7 @@ class Aggregator:
         )
         budget = self._make_room(work, grams)
         try:
-            if out is None:
-                update = finishing.to_memory(work, frame, budget, self.progress)
-            else:
-                update = finishing.to_file(work, frame, budget, self.progress, Path(out))
+            update = solve(work, frame, budget)
         except AdapterError as error:
             if error.client in self._clients:
                 self._refuse(error.client, error)
@@ -336,7 +347,9 @@ class Aggregator:
             return clients, []
         self._make_room(Work(clients, self._settings()), grams)
         try:
-            return clients, judging.judge(self.defence, clients, self._settings(), grams, self._admission)
+            return clients, judging.judge(
+                self.defence, clients, self._settings(), grams, self._admission, self._gram_of
+            )
         except AdapterError as error:
             if error.client not in self._clients:
                 raise
@@ -344,6 +357,9 @@ class Aggregator:
         self._check_the_others()
         grams.drop()
         return self._judged(grams)
+
+    def _gram_of(self, work: Work) -> Tensor:
+        return gram_of(work)
 
     def _check_the_others(self) -> None:
         """Look at all values not seen yet: with one bad client found, the round shall not start once for each."""

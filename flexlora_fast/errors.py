@@ -89,6 +89,12 @@ class OptionError(FlexLoRAError, ValueError):
     """An unknown method, solver, split or other option."""
 
 
+class DistributedError(FlexLoRAError, RuntimeError):
+    """Ranks that do not agree about their round, or one of them that failed, died or hangs. No rank has a result."""
+
+    code = "distributed"
+
+
 class BackendError(FlexLoRAError, RuntimeError):
     """A backend or device that was asked for by name and cannot run here."""
 

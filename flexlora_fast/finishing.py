@@ -14,30 +14,39 @@ from flexlora_fast import config as configs
 from flexlora_fast import extras, files, storage
 from flexlora_fast.progress import track
 from flexlora_fast.readahead import ReadAhead
+from flexlora_fast.skeleton import Form
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate
 from flexlora_fast.work import Client, Work
 
+Look = Callable[[], None]
 
-def to_memory(work: Work, frame: GlobalUpdate, budget: int, progress: bool | None) -> GlobalUpdate:
-    """``frame`` with the layers and extras of the round."""
+
+def _on() -> None:
+    """Nothing stands in the way of the next layer."""
+
+
+def to_memory(work: Work, frame: GlobalUpdate, budget: int, progress: bool | None, look: Look = _on) -> GlobalUpdate:
+    """``frame`` with the layers and extras of the round. ``look``: called after each layer; what it raises stops it."""
     layers: dict[str, LayerUpdate] = {}
     start = time.perf_counter()
-    solve_layers(work, budget, lambda layer: layers.__setitem__(layer.name, layer), progress)
+    solve_layers(work, budget, lambda layer: layers.__setitem__(layer.name, layer), progress, look)
     layers = dict(sorted(layers.items()))
     solved = time.perf_counter()
-    averages = {key: extras.average(key, work.clients, work.settings.coordinates) for key in extras.forms(work.clients)}
+    averages = {key: extras.average(key, work.clients, work.settings.coordinates) for key in _forms(work)}
     seconds = frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved}
     return dataclasses.replace(frame, layer_updates=layers, extras=averages, seconds=seconds)
 
 
-def to_file(work: Work, frame: GlobalUpdate, budget: int, progress: bool | None, out: Path) -> GlobalUpdate:
+def to_file(
+    work: Work, frame: GlobalUpdate, budget: int, progress: bool | None, out: Path, look: Look = _on
+) -> GlobalUpdate:
     """The same, each layer written to ``out`` as soon as it is solved. The file appears whole or not at all."""
 
     def write(to: str) -> None:
-        specs, forms = [layer.spec for layer in work.plans], extras.forms(work.clients)
+        specs, forms = [layer.spec for layer in work.plans], _forms(work)
         with storage.UpdateWriter(to, specs, forms, storage.about(frame)) as writer:
             start = time.perf_counter()
-            solve_layers(work, budget, writer.add, progress)
+            solve_layers(work, budget, writer.add, progress, look)
             solved = time.perf_counter()
             for key in writer.extras:
                 writer.add_extra(key, extras.average(key, work.clients, work.settings.coordinates))
@@ -48,7 +57,14 @@ def to_file(work: Work, frame: GlobalUpdate, budget: int, progress: bool | None,
     return storage.load(out)
 
 
-def solve_layers(work: Work, budget: int, take: Callable[[LayerUpdate], None], progress: bool | None) -> None:
+def _forms(work: Work) -> dict[str, Form]:
+    """Of the averages that are made here."""
+    return {key: form for key, form in extras.forms(work.clients).items() if work.only is None or key in work.only}
+
+
+def solve_layers(
+    work: Work, budget: int, take: Callable[[LayerUpdate], None], progress: bool | None, look: Look
+) -> None:
     """Every layer in order: read ahead within ``budget`` bytes, solved here, and taken in a thread of its own."""
     with ExitStack() as stack:
         stream = stack.enter_context(work.stream()) if work.streamed else None
@@ -63,6 +79,7 @@ def solve_layers(work: Work, budget: int, take: Callable[[LayerUpdate], None], p
             if pending is not None:
                 pending.result()  # at most one layer waits, and an error stops the round
             pending = writer.submit(take, update)
+            look()
         if pending is not None:
             pending.result()
 

@@ -85,8 +85,7 @@ class UpdateWriter:
         room = len(_quoted({**about, "layers": {spec.name: spec.to_json() for spec in specs}})) + 4096
         room += sum(len(_PARTS) * (len(json.dumps(spec.name)) + _ENTRY) + _FACTS for spec in specs)
         room += sum(len(json.dumps(key)) + _ENTRY for key in extras)
-        # Wide elements first, so that each tensor lies at a multiple of its element size.
-        self.extras = sorted(extras, key=lambda key: (-extras[key].dtype.itemsize, key))
+        self.extras = in_order(extras)
         self._about = {**about, "layers": {}}
         self._small: dict[str, Tensor] = {}
         self._writer = TensorWriter(path, room)
@@ -134,6 +133,11 @@ class UpdateWriter:
         for key, tensor in self._small.items():
             self._writer.add(key, tensor)
         self._small = {}
+
+
+def in_order(extras: Mapping[str, Form]) -> list[str]:
+    """Keys of averages as they are written: wide elements first, so that each lies at a multiple of its size."""
+    return sorted(extras, key=lambda key: (-extras[key].dtype.itemsize, key))
 
 
 def _quoted(document: Any) -> str:
