@@ -18,6 +18,7 @@ from flexlora_fast import __version__, inputs, methods, outputs, tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import MISSING, Aggregator
 from flexlora_fast.defence import RULES
+from flexlora_fast.distributed import TIMEOUT, command
 from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError, OptionError, RankError, WeightError
 from flexlora_fast.factors import SPLITS
 from flexlora_fast.inputs import Source
@@ -68,6 +69,7 @@ def options(
 
 
 @app.command(no_args_is_help=True)
+@command.on_all_ranks
 def aggregate(
     folders: Annotated[
         list[Path],
@@ -129,6 +131,9 @@ def aggregate(
         str | None,
         typer.Option(metavar="SIZE", help="Memory that the round works in, such as 2GiB. Default: half the machine's."),
     ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="On several ranks: how long one may be silent until it is lost.")
+    ] = TIMEOUT,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail, and write nothing, if any client is refused.")
     ] = False,
@@ -140,6 +145,8 @@ def aggregate(
 
     OUT gets the adapters, global_update.safetensors, report.json, report.md, energy.png and spectrum.png. A client
     that cannot be used is refused with its reason, and the round goes on without it.
+
+    On several devices or hosts: torchrun --nproc-per-node N -m flexlora_fast aggregate ...
     """
     with _failures(), _usage():
         sources, skipped = inputs.find(folders)
@@ -158,13 +165,18 @@ def aggregate(
 
         def fresh(read: Any) -> Aggregator:
             limited = {"memory_limit": memory_limit, "read": read, "missing": gap, "defence": defence}
-            return _filled(Aggregator(keep, method, solver, tol, device, seed, **limited), loaded, refused, strict)
+            return _filled(
+                command.Aggregator(keep, method, solver, tol, device, seed, **limited), loaded, refused, strict
+            )
 
         with _usage():
             round_ = fresh("finish")
         absent = [name for name, _, weight in loaded if weight == 0 and name in round_.clients]
         if absent:
             _note(f"weight 0, so absent from the round and without an adapter: {', '.join(absent)}")
+        if not command.first():
+            _finished(round_, fresh, out)  # the first rank writes
+            return
         with outputs.staged(out) as folder:
             update = _finished(round_, fresh, folder / outputs.UPDATE_NAME)
             document = outputs.write(update, folder, ranks=wanted, per_client=per_client, **writing)
@@ -327,7 +339,8 @@ def _doctor_table(checks: Sequence[Any]) -> Any:
 def _usage() -> Iterator[None]:
     """A wrong argument ends with exit code 2 and how to do it right."""
     try:
-        yield
+        with command.agreed():
+            yield
     except (OptionError, RankError, WeightError) as error:
         raise typer.BadParameter(tables.clean(error)) from error
 
@@ -336,7 +349,8 @@ def _usage() -> Iterator[None]:
 def _failures() -> Iterator[None]:
     """What can go wrong in the world ends with exit code 1 and a message; a traceback is for bugs."""
     try:
-        yield
+        with command.agreed():
+            yield
     except (FlexLoRAError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         _fail(str(error) or type(error).__name__)
 
