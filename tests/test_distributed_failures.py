@@ -19,7 +19,7 @@ LAYERS = [rounds.Layer(f"fc.{i}", 20, 30) for i in range(12)]
 
 def round_of_many_layers(**options):
     clients = [rounds.client(f"c{i}", LAYERS, rank=3, seed=i) for i in range(4)]
-    return distributed.aggregate([c.adapter() for c in clients], **options)
+    return distributed.aggregate([c.adapter() for c in clients], **{"timeout": 15, **options})
 
 
 def before(owner, name, hook):
@@ -37,7 +37,7 @@ PLACES = {
     "solving": (work.Work, "solve_layer", {}),
     "sending": (parts, "_taken_apart", {}),
     "summing": (distributed.Team, "summed", {"shard": "clients"}),
-    "multiplying": (spread._Products, "_part", {"shard": "clients", "solver": "factored"}),
+    "multiplying": (spread.cpu, "materialize", {"shard": "clients", "solver": "factored"}),
     "averaging": (distributed.finishing.extras, "forms", {}),
 }
 
@@ -92,7 +92,7 @@ def test_a_killed_rank_is_an_error_on_the_others(tmp_path, place, victim):
 
 
 def test_a_rank_that_hangs_counts_as_lost_after_the_timeout(tmp_path):
-    outcomes = ranks.run(3, struck, "solving", 2, stop, tmp_path / "out", {"timeout": 2}, patience=8)
+    outcomes = ranks.run(3, struck, "solving", 2, stop, tmp_path / "out", {"timeout": 2}, patience=5)
     assert outcomes[0].kind == outcomes[1].kind == "DistributedError"
     assert "rank 2 of 3 was lost" in outcomes[0].text
     assert 1.5 < outcomes[0].seconds < SOON and outcomes[1].seconds < SOON
@@ -113,7 +113,7 @@ def test_a_slow_rank_is_not_lost():
 
 def absent(rank):
     if rank == 1:
-        time.sleep(4)
+        time.sleep(2)
         return None
     return round_of_many_layers(timeout=1.0)
 

@@ -48,8 +48,8 @@ def aggregate(
 
     Raises:
         What ``ff.aggregate`` raises, the same on all ranks. DistributedError: there is no process group; the ranks were
-        not called with the same round; one of them failed, died or hangs. Then no rank has a result, and ``out`` is
-        what it was before.
+        not called with the same round; one of them failed, died or hangs. Then no rank has a result; ``out`` is
+        whole, or what it was before.
     """
     with Team(timeout) as team, team.agreed():
         round_ = Aggregator(team, *args, shard=shard, **options)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexlora_fast.distributed.team import Team
+from flexlora_fast.distributed.team import Stopped, Team
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.update import LayerUpdate
 
@@ -47,7 +47,9 @@ def bring(
         elif owner and team.rank == 0:
             value, tensors = team.receive(owner, _room)
         try:
-            if team.rank == 0 and failure is None and value is not None:
+            if team.rank == 0 and failure is None:
+                if value is None:
+                    raise Stopped  # its owner says why
                 take(name, _put_together(value, tensors))
         except Exception as error:
             failure = error

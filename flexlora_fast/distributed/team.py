@@ -238,12 +238,12 @@ class _Pulse:
         for rank in range(1, self._size):
             try:
                 dist.recv(states[rank : rank + 1], src=rank, group=self._group)
-            except RuntimeError:  # gloo gives up the whole group after a timeout: no other could be heard
+            except RuntimeError:  # after a timeout gloo gives up the whole group: the first one lost is to blame
                 states[rank] = _LOST
-                break
         for rank in range(1, self._size):
-            with contextlib.suppress(RuntimeError):
-                dist.send(states, dst=rank, group=self._group)
+            if int(states[rank]) != _LOST:
+                with contextlib.suppress(RuntimeError):
+                    dist.send(states, dst=rank, group=self._group)
         return states
 
     def _lose(self, rank: int) -> None:
