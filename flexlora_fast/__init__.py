@@ -11,6 +11,7 @@ from flexlora_fast import defence, errors, methods
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.gate import RoundPolicy
+from flexlora_fast.merging import merge
 from flexlora_fast.oneshot import aggregate
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
@@ -26,5 +27,6 @@ __all__ = [
     "aggregate",
     "defence",
     "errors",
+    "merge",
     "methods",
 ]

@@ -40,9 +40,9 @@ class Admission:
         """Raise ``IncompatibleAdapterError`` for layers, extras or a config that do not fit those of the round."""
         for layer, spec in adapter.skeleton.specs.items():
             known, first = self._specs.get(layer, (spec, name))
-            if _geometry(spec) != _geometry(known):
+            if geometry(spec) != geometry(known):
                 raise IncompatibleAdapterError(
-                    f"its {_describe(spec)} does not fit the {_describe(known)} of client {first!r}; "
+                    f"its {describe(spec)} does not fit the {describe(known)} of client {first!r}; "
                     "all clients of a round must adapt the same base model",
                     layer=layer,
                 )
@@ -106,11 +106,13 @@ def is_weight(weight: Any) -> bool:
         return False
 
 
-def _geometry(spec: LayerSpec) -> tuple[Any, ...]:
+def geometry(spec: LayerSpec) -> tuple[Any, ...]:
+    """What of a layer all clients of a round must share."""
     return spec.kind, spec.m, spec.n, spec.experts, spec.a_shape_tail
 
 
-def _describe(spec: LayerSpec) -> str:
+def describe(spec: LayerSpec) -> str:
+    """The same in words."""
     experts = f" × {spec.experts} experts" if spec.experts > 1 else ""
     return f"{spec.kind} weight of {spec.m} outputs and {spec.n} inputs{experts}"
 

@@ -250,6 +250,8 @@ class Aggregator:
             seconds={"collect": time.perf_counter() - self._started},
             defence=None if self.defence is None else str(self.defence),
             verdicts=verdicts,
+            weight=sum(client.weight for client in clients),
+            missing=self.missing,
         )
         budget = self._make_room(work, grams)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from flexlora_fast import config as configs
 from flexlora_fast import extras, files, storage
+from flexlora_fast.config import Config
 from flexlora_fast.progress import track
 from flexlora_fast.readahead import ReadAhead
 from flexlora_fast.skeleton import Form
@@ -95,17 +97,22 @@ def record(client: Client) -> ClientRecord:
 def template(clients: Sequence[Client]) -> dict[str, Any]:
     """The first client's config, widened to target every layer of the round, with every client's extras."""
     skeletons = list({id(client.source.skeleton): client.source.skeleton for client in clients}.values())
-    widened = clients[0].source.config
     paths = {spec.pattern_name for skeleton in skeletons for spec in skeleton.specs.values()}
+    return widened([skeleton.config for skeleton in skeletons], paths)
+
+
+def widened(configs_of: Sequence[Config], paths: set[str]) -> Config:
+    """The first config, widened to target all paths, with everybody's extras."""
+    widened = copy.deepcopy(configs_of[0])
     for key in ("target_modules", "target_parameters", "modules_to_save"):
-        values = [skeleton.config.get(key) for skeleton in skeletons]
+        values = [config.get(key) for config in configs_of]
         if all(value == values[0] for value in values):
             continue
         if all(value is None or isinstance(value, list) for value in values):
             widened[key] = sorted({item for value in values for item in value or []})
         else:  # regexes or "all-linear" beside lists: name the modules themselves
             widened[key] = sorted(paths)
-    if any(skeleton.config.get("lora_bias") for skeleton in skeletons):
+    if any(config.get("lora_bias") for config in configs_of):
         widened["lora_bias"] = True
     if not all(configs.targets(widened, path) for path in paths):  # clients chose by other rules, layer by layer
         widened |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}

@@ -24,7 +24,7 @@ from flexlora_fast.skeleton import Form
 from flexlora_fast.tensorfile import TensorFile, TensorWriter
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
-FORMAT = "flexlora_fast.global_update/3"
+FORMAT = "flexlora_fast.global_update/4"
 _PADDING = "padding"
 # Bytes of the header for the dtype, shape and offsets of one tensor, and for the numbers of one layer; generous.
 _ENTRY, _FACTS = 400, 400
@@ -66,6 +66,8 @@ def about(update: GlobalUpdate) -> dict[str, Any]:
         "refused": [dataclasses.asdict(refusal) for refusal in update.refused],
         "method": update.method,
         "seed": update.seed,
+        "weight": update.weight,
+        "missing": update.missing,
         "template": update.template,
         "defence": update.defence,
         "verdicts": [dataclasses.asdict(verdict) for verdict in update.verdicts],
@@ -114,6 +116,8 @@ class UpdateWriter:
         for part, tensor in parts.items():
             self._writer.add(f"{part}/{layer.name}", tensor)
         self._small |= {f"S/{layer.name}": f.S, f"energy/{layer.name}": f.energy}
+        if layer.inherited:
+            self._about["layers"][layer.name]["inherited"] = layer.inherited
         if f.energy_error is not None:
             self._small[f"energy_error/{layer.name}"] = f.energy_error
 
@@ -166,8 +170,10 @@ class StoredLayer(LayerUpdate):
     _file: TensorFile
     averaged = property(lambda self: self._averaged())
 
-    def __init__(self, file: TensorFile, f: StoredFactorization, spec: LayerSpec, total_rank: int) -> None:
-        self.__dict__.update(spec=spec, factorization=f, total_rank=total_rank, _file=file)
+    def __init__(
+        self, file: TensorFile, f: StoredFactorization, spec: LayerSpec, total_rank: int, inherited: float
+    ) -> None:
+        self.__dict__.update(spec=spec, factorization=f, total_rank=total_rank, inherited=inherited, _file=file)
         self.__dict__["bias"] = file.get(f"bias/{spec.name}")
 
     def _averaged(self) -> tuple[Tensor, Tensor] | None:
@@ -207,6 +213,8 @@ def _parse(about: dict[str, Any], file: TensorFile) -> GlobalUpdate:
         seconds=about["seconds"],
         defence=about["defence"],
         verdicts=[Verdict(**verdict) for verdict in about["verdicts"]],
+        weight=about["weight"],
+        missing=about["missing"],
     )
 
 
@@ -223,7 +231,8 @@ def _load_layer(name: str, facts: dict[str, Any], file: TensorFile, small: Mappi
     for part, shape in shapes.items():
         if file.entry(f"{part}/{name}").shape != shape:
             raise ValueError(f"{part} of layer {name!r} has not shape {shape}")
-    layer = StoredLayer(file, StoredFactorization(file, name, small, facts), spec, facts["total_rank"])
+    f = StoredFactorization(file, name, small, facts)
+    layer = StoredLayer(file, f, spec, facts["total_rank"], facts.get("inherited", 0.0))
     if f"B/{name}" in file:
         file.entry(f"A/{name}")
     return layer
