@@ -91,6 +91,7 @@ def test_a_killed_rank_is_an_error_on_the_others(tmp_path, place, victim):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_counts_as_lost_after_the_timeout(tmp_path):
     outcomes = ranks.run(3, struck, "solving", 2, stop, tmp_path / "out", {"timeout": 2}, patience=5)
     assert outcomes[0].kind == outcomes[1].kind == "DistributedError"
@@ -104,6 +105,7 @@ def slow(rank):
     return round_of_many_layers(timeout=1.0) is not None
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_not_lost():
     """It sleeps for four times what it may be silent."""
     outcomes = ranks.run(2, slow)
@@ -127,8 +129,10 @@ def test_a_rank_that_never_comes():
 # -- failure ---
 
 
-@pytest.mark.parametrize("place", ["solving", "sending", "multiplying", "averaging"])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("place", "victim"),
+    [("solving", 1), ("sending", 0), ("sending", 1), ("multiplying", 0), ("multiplying", 1), ("averaging", 1)],
+)
 def test_what_fails_on_one_rank_is_told_to_all(tmp_path, place, victim):
     one, two, three = ranks.run(3, struck, place, victim, run_out_of_memory, tmp_path / "out", {})
     found = [one, two, three]
