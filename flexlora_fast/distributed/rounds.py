@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,11 @@ class Aggregator(aggregator.Aggregator):
         options |= {"memory_limit": min(team.gather(limit)), "read": options.get("read", "finish")}
         self.team, self.shard = team, shard
         team.run(lambda: aggregator.Aggregator.__init__(self, *args, **options))
-        self._room_here = min(team.gather(memory.room(self.device, self.memory_limit)))
+        room = self.memory_limit if self.device.type == "cpu" else memory.room(self.device, here)
+        places = team.gather((socket.gethostname(), str(self.device)))
+        self._room_here = min(
+            team.gather(room if self.device.type == "cpu" else room // places.count(places[team.rank]))
+        )
 
     def finish(self, out: str | os.PathLike[str] | None = None) -> GlobalUpdate | None:  # type: ignore[override]
         """The update on the first rank, which writes ``out``; None on the others.
@@ -109,7 +114,6 @@ class Aggregator(aggregator.Aggregator):
 
     def _gram_of(self, work: Work) -> Tensor:
         unseen = [client for client in work.clients if not client.checked]
-
         share = owned(owners(self.team, work.plans, work.settings), self.team.rank)
 
         def measure() -> Tensor:
