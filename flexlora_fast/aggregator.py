@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 from flexlora_fast import defence as defences
 from flexlora_fast import devices, finishing, memory, methods
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.admission import Admission, check_name, check_values
+from flexlora_fast.admission import Admission, check_name, check_values, is_weight
 from flexlora_fast.backends import cpu
 from flexlora_fast.defence import Coordinates, Defence, Verdict, judging
 from flexlora_fast.defence.gram import gram_of
@@ -24,11 +25,13 @@ from flexlora_fast.errors import (
     EmptyRoundError,
     FlexLoRAError,
     OptionError,
+    QuorumError,
     RankError,
     WeightError,
 )
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.gate.entrance import Entrance, Source
+from flexlora_fast.gate.intake import Upload
 from flexlora_fast.incremental import GramTable, KeptGrams
 from flexlora_fast.kernels import obstacle
 from flexlora_fast.layouts import LayerSpec
@@ -36,6 +39,7 @@ from flexlora_fast.lowrank import plan
 from flexlora_fast.methods import Method
 from flexlora_fast.planning import Settings
 from flexlora_fast.precision import full_precision
+from flexlora_fast.privacy import Privacy, mechanism
 from flexlora_fast.resident import Resident
 from flexlora_fast.stored import Stored
 from flexlora_fast.update import GlobalUpdate, Refusal
@@ -77,12 +81,20 @@ class Aggregator:
         spool: a folder of your own for the copies, which stay there (default: one that goes with the aggregator, where
             temporary files go).
         progress: a bar on stderr: None shows it on a terminal only.
-        defence: against hostile or broken clients: a name of ``defence.RULES`` ("clip", or with settings
+        defence: against hostile or broken clients: a name of ``defence.RULES`` ("clip" to start with; with settings
             "krum:byzantine=2"), a :class:`~flexlora_fast.defence.Defence`, or None, which trusts all clients. It judges
             the low-rank updates of all layers together, from their Gram matrix: files are read once more for it. What
             it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones. The rules
             "median" and "trimmed-mean" take each entry of the dense updates by itself instead, tile by tile, with
             solver "dense" whatever ``solver`` says; they give no verdicts.
+        min_clients, min_weight: how many clients of positive weight, and what sum of their weights as given, ``finish``
+            asks for; those that a defence rejects do not count.
+        privacy: client-level differential privacy: a noised sum of clipped updates over a public denominator. Needs a
+            ``policy`` and a ``rank``, takes weights of 0 to 1, and no defence: whatever would let one client change how
+            others count is refused. Noise is secret and has nothing to do with ``seed``. ``agg.clients`` and
+            ``agg.refused`` are the server's; adapters of the update may go out.
+        reference: in a private round whose policy has heads or other tensors that are no low-rank pairs, an adapter (or
+            its folder) with the values that clients started from.
 
     >>> import torch, flexlora_fast as ff
     >>> agg = ff.Aggregator(rank=2)
@@ -112,6 +124,10 @@ class Aggregator:
         spool: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
         defence: str | Defence | Coordinates | None = None,
+        privacy: Privacy | None = None,
+        reference: Adapter | str | os.PathLike[str] | None = None,
+        min_clients: int = 1,
+        min_weight: float = 0.0,
     ) -> None:
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise RankError(f"rank is {rank!r}; give an integer ≥ 1, or None for the largest that clients send")
@@ -130,19 +146,28 @@ class Aggregator:
         self.read, self.results, self.progress = read, results, progress
         self.policy, self._entrance = policy, Entrance(policy, spool)
         self.defence = defences.get(defence)
+        if isinstance(min_clients, bool) or not isinstance(min_clients, int) or min_clients < 1:
+            raise OptionError(f"min_clients is {min_clients!r}; give an integer ≥ 1")
+        if not is_weight(min_weight):
+            raise OptionError(f"min_weight is {min_weight!r}; give a finite number ≥ 0")
+        self.min_clients, self.min_weight = min_clients, min_weight
         if isinstance(self.defence, Coordinates) and not self.method.uniform:
             raise OptionError(
                 f"defence {self.defence.name!r} takes the place of the sum over clients, which method "
                 f"{self.method.name!r} has not; use method 'flexlora', or another rule"
             )
+        quorum = min_clients > 1 or min_weight > 0
+        summed = mechanism.Summed(rank, self.method, self.solver, missing, self.defence, quorum)
+        self._private = mechanism.of_round(privacy, policy, reference, summed)
         self.refused: list[Refusal] = []
         self._clients: dict[str, Client] = {}
-        self._admission = Admission()
+        self._admission = self._fresh_admission()
         self._kept = 0  # bytes of tensors from files
         self._grams = self._gram_table()
         kernels = self.device.type == "cuda" and obstacle() is None
         self._resident = Resident(self.device) if kernels else None
         self._stored = Stored() if kernels else None
+        self._timed = True  # whether wall times go into the file of ``finish(out=…)``
         self._suspicious = False  # whether a client's values turned out bad in ``finish``
         self._started = time.perf_counter()
 
@@ -153,7 +178,7 @@ class Aggregator:
 
     def name_for(self, adapter: Source) -> str:
         """The name a client gets when none is given: the adapter's own, its path, or a running number."""
-        if isinstance(adapter, Adapter | bytes):
+        if isinstance(adapter, Adapter | bytes | Upload):
             given = adapter.client if isinstance(adapter, Adapter) else None
             return given or f"client-{len(self._clients) + len(self.refused):04d}"
         return PurePath(os.path.normpath(adapter)).as_posix()
@@ -170,7 +195,8 @@ class Aggregator:
 
         Raises:
             AdapterError (UnsupportedAdapterError, IncompatibleAdapterError, with a policy RefusedError), WeightError:
-            the client is refused, noted in ``refused``, and the round is as if it had never come.
+            the client is refused, noted in ``refused``, and the round is as if it had never come. OSError: its copy
+            cannot be written (a full disk); the same, but not noted, as it is none of the client's doing.
 
         Without a policy a folder must stay as it is until the round is finished; an adapter's tensors always must.
 
@@ -181,21 +207,29 @@ class Aggregator:
         try:
             check_name(name)
             self._admission.check_client(name, weight)
+            if self._private is not None:
+                self._private.check_weight(weight)
             source = self._entrance.take(adapter, name, weight)
             try:
                 self._admission.check(name, source)
+                held = self._kept_if_room(source) if self.read == "add" else source
+                if self.read == "add" and self.policy is None:
+                    check_values(name, held)
+                factor = 1.0 if self._private is None else self._private.factor(held, float(weight))
             except AdapterError:
                 self._entrance.drop(source)
                 raise
-            held = self._kept_if_room(source) if self.read == "add" else source
-            if self.read == "add" and self.policy is None:
-                check_values(name, held)
         except FlexLoRAError as error:
             error.at(client=str(name))  # str: a name may be refused for being none
             self.refused.append(Refusal(str(name), str(error), error.code))
             raise
+        try:
+            self._entrance.keep(source, name, float(weight))
+        except BaseException:
+            self._entrance.drop(source)
+            raise
         checked = self.read == "add" or self.policy is not None
-        self._clients[name] = Client(name, held, float(weight), source, checked=checked)
+        self._clients[name] = Client(name, held, float(weight), source, checked=checked, factor=factor)
         self._kept += held.skeleton.nbytes if held is not source else 0
         self._admission.accept(name, source)
         if self._resident is not None:
@@ -216,18 +250,23 @@ class Aggregator:
 
         Raises:
             EmptyRoundError: no client was accepted, or the defence rejects all. WeightError: all weights are zero.
+            QuorumError: less than ``min_clients`` or ``min_weight``; add more clients, and call it again.
             OptionError: a layer that does not fit ``memory_limit`` in any way, before anything is computed.
+            PrivacyError: the round would exceed its privacy budget.
             AdapterError: a client whose values are bad (``read="finish"``), or whose file cannot be read any more. It
                 is refused; call ``finish`` again to go on without it, then all others are checked first. Without a
                 client: a layer whose ΔW overflows.
 
         With a defence, clients whose values are bad are refused, and the round goes on without them.
+
+        A private round is charged before its noise is drawn. It may be empty: that nobody came is a secret as well.
+        Each ``finish`` is another release, with noise of its own, and charged again; so is one that fails half-way.
         """
 
         def solve(work: Work, frame: GlobalUpdate, budget: int) -> GlobalUpdate:
             if out is None:
                 return finishing.to_memory(work, frame, budget, self.progress)
-            return finishing.to_file(work, frame, budget, self.progress, Path(out))
+            return finishing.to_file(work, frame, budget, self.progress, Path(out), self._timed)
 
         return self._finished(solve)
 
@@ -239,17 +278,21 @@ class Aggregator:
         grams = KeptGrams(self._grams, (self.memory_limit - there) // 4)
         judged, verdicts = self._judged(grams)
         clients = [client for client in judged if client.share > 0]
+        self._check_quorum(clients)
         work = Work(clients, self._settings(), grams, self._resident, self._stored)
+        if self._private is not None:  # planned by now, so that what cannot be solved costs nothing
+            work = dataclasses.replace(work, release=self._private.open())
         frame = GlobalUpdate(
             layer_updates={},
             clients=[finishing.record(client) for client in judged],
             refused=list(self.refused),
             method=self.method.name,
             seed=self.seed,
-            template=finishing.template(clients),
+            template=finishing.template(clients) if self._private is None else dict(self._private.config),
             seconds={"collect": time.perf_counter() - self._started},
             defence=None if self.defence is None else str(self.defence),
             verdicts=verdicts,
+            privacy=None if work.release is None else work.release.spent,
             weight=sum(client.weight for client in clients),
             missing=self.missing,
         )
@@ -279,11 +322,17 @@ class Aggregator:
             self.results,
             memory.room(self.device, self._room),
             self.defence if isinstance(self.defence, Coordinates) else None,
+            self._private,
         )
+
+    def _fresh_admission(self) -> Admission:
+        return Admission() if self._private is None else Admission(self._private.outline)
 
     def _gram_table(self) -> GramTable | None:
         """Grams are worth growing where clients come one by one and their factors go into the sum as they are."""
         if self.read != "add" or not self.method.folds or self.device.type != "cpu" or not cpu.usable("float32"):
+            return None
+        if self._private is not None:
             return None
 
         def wanted(spec: LayerSpec, columns: int, sixteen: bool) -> bool:
@@ -324,8 +373,14 @@ class Aggregator:
 
     def _weighted(self) -> list[Client]:
         """The clients of positive weight with their shares, in canonical order: sums come out the same whatever the
-        order of arrival. Weight 0 equals absent.
+        order of arrival. Weight 0 equals absent. In a private round shares are the weights as they are, and nobody is
+        missed.
         """
+        if self._private is not None:
+            clients = [self._clients[name] for name in self.clients if self._clients[name].weight > 0]
+            for client in clients:
+                client.share = client.weight
+            return clients
         if not self._clients:
             refused = f"; {len(self.refused)} were refused, the first: {self.refused[0].reason}" if self.refused else ""
             raise EmptyRoundError(f"no client is in this round{refused}; add at least one adapter")
@@ -339,6 +394,17 @@ class Aggregator:
         for client, weight in zip(clients, weights, strict=True):
             client.share = weight / total
         return clients
+
+    def _check_quorum(self, clients: list[Client]) -> None:
+        """Raise ``QuorumError`` where those that the update would be made of are too few, or weigh too little."""
+        if self._private is not None:
+            return  # of nobody, noise is released
+        weight = sum(client.weight for client in clients)  # which may be infinite
+        if len(clients) < self.min_clients or weight < self.min_weight:
+            raise QuorumError(
+                f"{len(clients)} clients of weight {weight:g} in all are there, the round asks for {self.min_clients} "
+                f"of {self.min_weight:g}; wait for more, or lower min_clients or min_weight"
+            )
 
     def _judged(self, grams: KeptGrams) -> tuple[list[Client], list[Verdict]]:
         """``_weighted`` after the defence: a client that it rejects has share 0. Bad values are refused on the way."""
@@ -375,15 +441,21 @@ class Aggregator:
         self._suspicious = False
 
     def _refuse(self, name: str, error: AdapterError) -> None:
-        """Take an accepted client out again; what it settled is open."""
+        """Refuse an accepted client after all."""
+        self.refused.append(Refusal(name, str(error), error.code))
+        self._take_out(name)
+
+    def _take_out(self, name: str) -> None:
+        """Let an accepted client be one that never came; what it settled is open."""
         gone = self._clients.pop(name)
         self._kept -= gone.source.skeleton.nbytes if gone.adapter is not gone.source else 0
         if self._resident is not None:
             self._resident.drop(name)
         if self._stored is not None:
             self._stored.drop(name)
-        self.refused.append(Refusal(name, str(error), error.code))
+        if self._grams is not None:
+            self._grams.forget(name)
         self._entrance.drop(gone.source)
-        self._admission = Admission()
+        self._admission = self._fresh_admission()
         for client in self._clients.values():
             self._admission.accept(client.name, client.source)

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console, RenderableType
 
-from flexlora_fast import __version__, inputs, methods, outputs, tables
+from flexlora_fast import __version__, cli_gate, inputs, methods, outputs, tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import MISSING, Aggregator
+from flexlora_fast.cli_common import DTYPES, Full, Json, failures, note, one_of, parse_ranks, print_json, show, usage
+from flexlora_fast.cli_round import app as round_app
 from flexlora_fast.defence import RULES
 from flexlora_fast.distributed import TIMEOUT, command
-from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError, OptionError, RankError, WeightError
+from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError
 from flexlora_fast.factors import SPLITS
+from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.inputs import Source
 from flexlora_fast.inspection import Inspection
 from flexlora_fast.lowrank.plan import SOLVERS
 from flexlora_fast.progress import track
 from flexlora_fast.report import Report, refusal_table
 from flexlora_fast.update import GlobalUpdate, Refusal
-
-DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 app = typer.Typer(
     name="flexlora-fast",
@@ -39,8 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # their tracebacks show local variables: whole tensors
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
-Full = Annotated[bool, typer.Option("--full", help="List every layer, however many there are.")]
+app.add_typer(round_app)
 
 
 def main() -> None:
@@ -121,6 +118,14 @@ def aggregate(
             "Default: none, all clients are trusted.",
         ),
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A policy that `flexlora-fast policy` wrote. With it the folders may come from anybody: nothing of "
+            "them is opened but through the gate. Default: none, folders are believed as far as they are consistent.",
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="Where singular values go: B, balanced (√S in each) or A.")] = "B",
     dtype: Annotated[
         str, typer.Option(help=f"Of the factors written: {', '.join(DTYPES)} (per client its own, else float32).")
@@ -148,32 +153,38 @@ def aggregate(
 
     On several devices or hosts: torchrun --nproc-per-node N -m flexlora_fast aggregate ...
     """
-    with _failures(), _usage():
-        sources, skipped = inputs.find(folders)
+    with failures(), usage():
+        rules = None if policy is None else RoundPolicy.load(policy)
+        sources, skipped = inputs.find(folders, trusted=rules is None)
         outputs.check(out, [source.path for source in sources], force)
         shares, unknown = inputs.read_weights(weights, sources) if weights else ([1.0] * len(sources), [])
-        wanted = _ranks(ranks)
-        writing = {"split": _one_of("--split", split, SPLITS), "dtype": DTYPES[_one_of("--dtype", dtype, DTYPES)]}
-        gap = _one_of("--missing", missing, MISSING)
+        wanted = parse_ranks(ranks)
+        writing = {"split": one_of("--split", split, SPLITS), "dtype": DTYPES[one_of("--dtype", dtype, DTYPES)]}
+        gap = one_of("--missing", missing, MISSING)
     for what, names in (("holds no adapter, passed over", skipped), ("weight of no client, unused", unknown)):
         if names:
-            _note(f"{what}: {', '.join(map(str, names[:5]))}{' …' if len(names) > 5 else ''}")
+            note(f"{what}: {', '.join(map(str, names[:5]))}{' …' if len(names) > 5 else ''}")
     per_client = per_client or not wanted
-    with _failures():
-        loaded, refused = _load(sources, shares)
-        keep = rank if rank is not None else _needed(wanted, [a for _, a, _ in loaded] if per_client else [])
+    with failures():
+        clients: list[tuple[str, Adapter | Path, float]]
+        if rules is None:
+            clients, refused, sent = _load(sources, shares)
+        else:
+            clients = [(source.name, source.path, share) for source, share in zip(sources, shares, strict=True)]
+            refused, sent = [], set(rules.ranks)
+        keep = rank if rank is not None else _needed(wanted, sent if per_client else set())
 
         def fresh(read: Any) -> Aggregator:
             limited = {"memory_limit": memory_limit, "read": read, "missing": gap, "defence": defence}
-            return _filled(
-                command.Aggregator(keep, method, solver, tol, device, seed, **limited), loaded, refused, strict
-            )
+            limited |= {"policy": rules}
+            round_ = command.Aggregator(keep, method, solver, tol, device, seed, **limited)
+            return _filled(round_, clients, refused, strict)
 
-        with _usage():
+        with usage():
             round_ = fresh("finish")
-        absent = [name for name, _, weight in loaded if weight == 0 and name in round_.clients]
+        absent = [name for name, _, weight in clients if weight == 0 and name in round_.clients]
         if absent:
-            _note(f"weight 0, so absent from the round and without an adapter: {', '.join(absent)}")
+            note(f"weight 0, so absent from the round and without an adapter: {', '.join(absent)}")
         if not command.first():
             _finished(round_, fresh, out)  # the first rank writes
             return
@@ -182,9 +193,9 @@ def aggregate(
             document = outputs.write(update, folder, ranks=wanted, per_client=per_client, **writing)
             report = Report(update, document["ranks"])
     if as_json:
-        _print_json(document | {"out": str(out)})
+        print_json(document | {"out": str(out)})
         return
-    _show(report.view(full or None))
+    show(report.view(full or None))
     print(f"written to {tables.clean(out)}")
 
 
@@ -200,7 +211,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show layers, ranks, scales, norms and spectrum of an adapter or a global update."""
-    with _failures():
+    with failures():
         if path.is_dir() and not inputs.is_adapter(path) and (path / outputs.UPDATE_NAME).is_file():
             path = path / outputs.UPDATE_NAME
         seen: Report | Inspection
@@ -209,9 +220,13 @@ def inspect(
         else:
             seen = Inspection(Adapter.load(path, client=inputs.distinct_names([path])[0]))
         if as_json:
-            _print_json(seen.to_dict())
+            print_json(seen.to_dict())
         else:
-            _show(seen.view(full or None))
+            show(seen.view(full or None))
+
+
+app.command(no_args_is_help=True)(cli_gate.policy)
+app.command(no_args_is_help=True)(cli_gate.convert)
 
 
 @app.command()
@@ -224,9 +239,9 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         names = ("name", "status", "detail", "remedy")
         found = [{name: getattr(check, name) for name in names} for check in checks]
-        _print_json({"format": "flexlora_fast.doctor/1", "healthy": not broken, "checks": found})
+        print_json({"format": "flexlora_fast.doctor/1", "healthy": not broken, "checks": found})
     else:
-        _show(_doctor_table(checks))
+        show(_doctor_table(checks))
     raise typer.Exit(int(broken))
 
 
@@ -246,44 +261,47 @@ def bench(
     """
     from flexlora_fast import bench as trial
 
-    with _usage():
+    with usage():
         m, n = trial.parse_shape(shape)
-        wanted = _ranks(ranks, distinct=False)
-    with _failures():
+        wanted = parse_ranks(ranks, distinct=False)
+    with failures():
         result = trial.compare(m, n, wanted, layers=layers, tol=tol, repeats=repeats)
         if as_json:
-            _print_json(result)
+            print_json(result)
         else:
-            _show(trial.view(result))
+            show(trial.view(result))
 
 
 def _load(
     sources: Sequence[Source], weights: Sequence[float]
-) -> tuple[list[tuple[str, Adapter, float]], list[Refusal]]:
-    """The adapters that can be read, and the refusals of the others. Tensors stay in their files."""
-    loaded, refused = [], []
+) -> tuple[list[tuple[str, Adapter | Path, float]], list[Refusal], set[int]]:
+    """The adapters that can be read, the refusals of the others, and the ranks sent. Tensors stay in their files."""
+    loaded, refused, ranks = list[tuple[str, Adapter | Path, float]](), [], set[int]()
     for i, source in enumerate(track(sources, "clients")):
         try:
-            loaded.append((source.name, Adapter.load(source.path, client=source.name), weights[i]))
+            adapter = Adapter.load(source.path, client=source.name)
+            loaded.append((source.name, adapter, weights[i]))
+            ranks |= set(adapter.skeleton.ranks.values())
         except FlexLoRAError as error:
             refused.append(Refusal(source.name, str(error.at(client=source.name)), error.code))
-    return loaded, refused
+    return loaded, refused, ranks
 
 
 def _filled(
-    round_: Aggregator, loaded: list[tuple[str, Adapter, float]], refused: list[Refusal], strict: bool
+    round_: Aggregator, clients: list[tuple[str, Adapter | Path, float]], refused: list[Refusal], strict: bool
 ) -> Aggregator:
     """The round with every client in it that can be used."""
     round_.refused.extend(refused)
-    for name, adapter, weight in loaded:
+    # Under a policy a client is copied and checked as it comes, which takes a while.
+    for name, adapter, weight in track(clients, "clients", False if round_.policy is None else None):
         with contextlib.suppress(FlexLoRAError):  # noted in round_.refused
             round_.add(adapter, weight, client=name)
     round_.refused.sort(key=lambda refusal: refusal.client)
     if round_.refused and (strict or not round_.clients):
-        _show(refusal_table(round_.refused), sys.stderr)
+        show(refusal_table(round_.refused), sys.stderr)
         why = "--strict was asked for" if strict else "no client is left"
         raise EmptyRoundError(
-            f"{len(round_.refused)} of {len(loaded) + len(refused)} clients refused and {why}; nothing was written"
+            f"{len(round_.refused)} of {len(clients) + len(refused)} clients refused and {why}; nothing was written"
         )
     return round_
 
@@ -300,30 +318,9 @@ def _finished(round_: Aggregator, fresh: Callable[[str], Aggregator], path: Path
     return fresh("add").finish(path)
 
 
-def _needed(ranks: Sequence[int], adapters: Sequence[Adapter]) -> int | None:
+def _needed(ranks: Sequence[int], sent: set[int]) -> int | None:
     """Columns to keep so that all adapters can be written; None leaves it to the round (each layer's largest)."""
-    if not ranks:
-        return None
-    return max([*ranks, *(rank for adapter in adapters for rank in adapter.skeleton.ranks.values())])
-
-
-def _ranks(text: str | None, distinct: bool = True) -> list[int]:
-    """``"8,16"`` as numbers, sorted and each once where ``distinct``."""
-    if text is None:
-        return []
-    items = [item.strip() for item in text.split(",")]
-    bad = [item for item in items if not (item.isascii() and item.isdecimal() and int(item) >= 1)]
-    if bad:
-        raise RankError(f"--ranks has {bad[0]!r}; give whole numbers ≥ 1, such as 8,16,64")
-    values = [int(item) for item in items]
-    return sorted(set(values)) if distinct else values
-
-
-def _one_of(option: str, value: str, known: Any) -> Any:
-    """``value``, if it is known. (typer has taken ``Literal`` for this only since 0.19.)"""
-    if value not in known:
-        raise OptionError(f"{option} is {value!r}; give one of {', '.join(known)}")
-    return value
+    return max([*ranks, *sent]) if ranks else None
 
 
 def _doctor_table(checks: Sequence[Any]) -> Any:
@@ -333,45 +330,3 @@ def _doctor_table(checks: Sequence[Any]) -> Any:
     rows = [[marks[c.status], c.name, c.detail, c.remedy or ""] for c in checks]
     columns = ["status", "what", "found", "what to do"]
     return tables.table("", columns, rows, left=columns)
-
-
-@contextlib.contextmanager
-def _usage() -> Iterator[None]:
-    """A wrong argument ends with exit code 2 and how to do it right."""
-    try:
-        with command.agreed():
-            yield
-    except (OptionError, RankError, WeightError) as error:
-        raise typer.BadParameter(tables.clean(error)) from error
-
-
-@contextlib.contextmanager
-def _failures() -> Iterator[None]:
-    """What can go wrong in the world ends with exit code 1 and a message; a traceback is for bugs."""
-    try:
-        with command.agreed():
-            yield
-    except (FlexLoRAError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        _fail(str(error) or type(error).__name__)
-
-
-def _fail(message: str) -> NoReturn:
-    _note(f"error: {message}")
-    raise typer.Exit(1)
-
-
-def _note(message: str) -> None:
-    print(tables.clean(message), file=sys.stderr)
-
-
-def _show(what: RenderableType, stream: TextIO | None = None) -> None:
-    """As wide as the terminal; in a pipe as plain text, wide enough for the tables."""
-    console = Console(file=stream or sys.stdout, highlight=False)
-    if console.is_terminal:
-        console.print(what)
-    else:
-        print(tables.plain(what), file=stream or sys.stdout)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=1, allow_nan=False))

@@ -50,6 +50,12 @@ class IncompatibleAdapterError(AdapterError):
     code = "incompatible"
 
 
+class UnreadableError(AdapterError):
+    """A file that was fine when it was opened and cannot be read any more, or is another one now: no fault of values
+    or shapes.
+    """
+
+
 class RefusedError(AdapterError):
     """An upload that a ``RoundPolicy`` does not admit.
 
@@ -81,6 +87,24 @@ class EmptyRoundError(FlexLoRAError, ValueError):
     """A round without any accepted client, or whose clients adapt no layer at all."""
 
 
+class QuorumError(EmptyRoundError):
+    """Fewer clients, or less weight, than the server asked for. The round stays as it is: add more and finish again."""
+
+    code = "quorum"
+
+
+class JournalError(FlexLoRAError, RuntimeError):
+    """The folder of a journalled round cannot be written, read or locked. What was acknowledged is not lost by it."""
+
+    code = "journal"
+
+
+class DamagedRoundError(JournalError):
+    """A journalled round that lost something it had acknowledged. ``status()`` lists what, and what to do."""
+
+    code = "damaged"
+
+
 class RankError(FlexLoRAError, ValueError):
     """A rank below one, or above what this update keeps."""
 
@@ -95,6 +119,18 @@ class DistributedError(FlexLoRAError, RuntimeError):
     code = "distributed"
 
 
+class ProtocolError(FlexLoRAError, ValueError):
+    """A plan, message or sum of secure aggregation that is malformed, or comes out of turn."""
+
+    code = "protocol"
+
+
+class PrivacyError(FlexLoRAError, ValueError):
+    """A round that would exceed its privacy budget, a ledger that cannot be believed, or a library that is missing."""
+
+    code = "privacy"
+
+
 class BackendError(FlexLoRAError, RuntimeError):
     """A backend or device that was asked for by name and cannot run here."""
 
@@ -106,4 +142,15 @@ def shown(value: object, longest: int = 100) -> str:
     ("'q_proj'", "'aaaaaaa…")
     """
     text = repr(value[: longest + 1] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def sentence(error: object, longest: int = 300) -> str:
+    """An error's text that may quote a stranger's, fit to be passed on: printable, on one line, cut.
+
+    >>> sentence(ValueError("use_\\ud800 is\\n wrong"))
+    'use_\\\\ud800 is wrong'
+    """
+    text = " ".join(str(error)[: 4 * longest].split())
+    text = "".join(x if x.isprintable() else repr(x)[1:-1] for x in text)
     return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -11,6 +11,7 @@ from torch import Tensor
 from flexlora_fast import values
 from flexlora_fast.defence.coordinates import Coordinates, tile_rows
 from flexlora_fast.errors import AdapterError
+from flexlora_fast.privacy.mechanism import Release
 from flexlora_fast.skeleton import Form
 from flexlora_fast.work import Client
 
@@ -58,6 +59,24 @@ def average(key: str, clients: Sequence[Client], rule: Coordinates | None = None
 def cast(mean: Tensor, dtype: torch.dtype) -> Tensor:
     """A mean in the dtype of what it is of; whole numbers are rounded."""
     return (mean if dtype.is_floating_point else mean.round()).to(dtype)
+
+
+def released(key: str, clients: Sequence[Client], release: Release) -> Tensor:
+    """The reference's values, moved by the noised and clipped differences of the clients' from them; its dtype.
+
+    float64 sums. Raises ``AdapterError`` naming the client whose file cannot be read.
+    """
+    reference, form = release.of.reference, release.of.forms[key]
+    assert reference is not None
+    result = torch.empty(form.shape, dtype=form.dtype)
+    flat = result.view(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        stop = min(start + _CHUNK, flat.numel())
+        before, moved = reference.flat_extra(key, start, stop).double().cpu(), torch.zeros(stop - start).double()
+        for client in clients:
+            moved += client.share * client.factor * (_values(client, key, start, stop).double().cpu() - before)
+        flat[start:stop] = (before + release.released(f"extra/{key}", moved, start)).to(form.dtype)
+    return result
 
 
 def _values(client: Client, key: str, start: int, stop: int) -> Tensor:

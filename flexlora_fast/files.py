@@ -16,8 +16,9 @@ _SPARE = 64  # files that something else may open meanwhile
 def replace(target: Path, write_to: Callable[[str], object]) -> None:
     """Have ``write_to`` write a temporary file beside ``target``, flush it to disk, and swap it in.
 
-    The old file stays intact until then: it may be mapped by the very tensors being written. The new one gets the
-    permissions of the user's umask (safetensors makes its files private, which no other user could fetch).
+    Once this returns, a power cut takes neither the content nor the name away. The old file stays intact until then: it
+    may be mapped by the very tensors being written. The new one gets the permissions of the user's umask (safetensors
+    makes its files private, which no other user could fetch).
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -28,8 +29,18 @@ def replace(target: Path, write_to: Callable[[str], object]) -> None:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())  # else a power cut could leave the new name with no content
         os.replace(temporary, target)
+        sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Flush the names in a folder to disk: a new file's content is worth nothing without its name."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def allow_open(count: int) -> None:

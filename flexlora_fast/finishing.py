@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flexlora_fast import config as configs
 from flexlora_fast import extras, files, storage
 from flexlora_fast.config import Config
@@ -34,15 +36,19 @@ def to_memory(work: Work, frame: GlobalUpdate, budget: int, progress: bool | Non
     solve_layers(work, budget, lambda layer: layers.__setitem__(layer.name, layer), progress, look)
     layers = dict(sorted(layers.items()))
     solved = time.perf_counter()
-    averages = {key: extras.average(key, work.clients, work.settings.coordinates) for key in _forms(work)}
+    averages = {key: _extra(key, work) for key in _forms(work)}
     seconds = frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved}
     return dataclasses.replace(frame, layer_updates=layers, extras=averages, seconds=seconds)
 
 
 def to_file(
-    work: Work, frame: GlobalUpdate, budget: int, progress: bool | None, out: Path, look: Look = _on
+    work: Work, frame: GlobalUpdate, budget: int, progress: bool | None, out: Path, timed: bool, look: Look = _on
 ) -> GlobalUpdate:
-    """The same, each layer written to ``out`` as soon as it is solved. The file appears whole or not at all."""
+    """The same, each layer written to ``out`` as soon as it is solved. The file appears whole or not at all.
+
+    ``timed``: whether wall times go into the file, which then differs from run to run.
+    """
+    seconds: dict[str, float] = {}
 
     def write(to: str) -> None:
         specs, forms = [layer.spec for layer in work.plans], _forms(work)
@@ -51,17 +57,25 @@ def to_file(
             solve_layers(work, budget, writer.add, progress, look)
             solved = time.perf_counter()
             for key in writer.extras:
-                writer.add_extra(key, extras.average(key, work.clients, work.settings.coordinates))
-            writer.finish(frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved})
+                writer.add_extra(key, _extra(key, work))
+            seconds.update(frame.seconds | {"layers": solved - start, "extras": time.perf_counter() - solved})
+            writer.finish(seconds if timed else {})
 
     out.parent.mkdir(parents=True, exist_ok=True)
     files.replace(out, write)
-    return storage.load(out)
+    return dataclasses.replace(storage.load(out), seconds=seconds)
 
 
 def _forms(work: Work) -> dict[str, Form]:
-    """Of the averages that are made here."""
-    return {key: form for key, form in extras.forms(work.clients).items() if work.only is None or key in work.only}
+    """Of the tensors averaged here that are no low-rank pairs; in a private round the policy's, whoever came."""
+    forms = extras.forms(work.clients) if work.release is None else work.release.of.forms
+    return {key: form for key, form in forms.items() if work.only is None or key in work.only}
+
+
+def _extra(key: str, work: Work) -> Tensor:
+    if work.release is not None:
+        return extras.released(key, work.clients, work.release)
+    return extras.average(key, work.clients, work.settings.coordinates)
 
 
 def solve_layers(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from flexlora_fast.config import Config
@@ -72,6 +72,11 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], config: C
     replace(folder / WEIGHTS_NAME, lambda to: save_file(_unshared(tensors), to, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True)
     replace(folder / CONFIG_NAME, lambda to: Path(to).write_text(text, encoding="utf-8"))
+
+
+def content_of(tensors: Mapping[str, Tensor]) -> bytes:
+    """What ``write`` would have in its weights file."""
+    return save(_unshared(tensors), metadata={"format": "pt"})
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

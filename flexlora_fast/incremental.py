@@ -155,6 +155,12 @@ class GramTable:
         if self.nbytes > self._limit:
             self.drop()
 
+    def forget(self, client: str) -> None:
+        """Answer for this client no more: another of its name may come. Its columns stay, unused."""
+        for layer in (self._layers or {}).values():
+            layer.columns.pop(client, None)
+            layer.versions.pop(client, None)
+
     def of(self, name: str, factors: Sequence[tuple[str, Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
         """PᵀP and QQᵀ (1, R, R) of a layer for these clients' B and A, in this order; None where not all are here."""
         layer = (self._layers or {}).get(name)

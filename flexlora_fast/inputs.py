@@ -27,22 +27,25 @@ class Source:
     name: str
 
 
-def find(folders: Sequence[Path]) -> tuple[list[Source], list[Path]]:
+def find(folders: Sequence[Path], trusted: bool = True) -> tuple[list[Source], list[Path]]:
     """The clients in ``folders``, and the subfolders that were passed over as they hold no adapter.
 
     A folder is an adapter folder itself, or holds adapter folders one level down, which are taken in the order of
     their names. One that is neither is kept as a client, to be refused with its reason. A client's name is its
     folder's, with as many parent folders in front as tell it from the others.
 
+    Where what is in the folders is not ``trusted``, no link in them is followed: one that stands where an adapter
+    folder may stand is a client, for the gate to refuse.
+
     Raises ``OptionError`` where two of them are the same folder.
     """
     paths: list[Path] = []
     skipped: list[Path] = []
     for folder in folders:
-        inside = [] if is_adapter(folder) else sorted(x for x in folder.iterdir() if x.is_dir())
-        adapters = [x for x in inside if is_adapter(x)]
+        inside = [] if is_adapter(folder) else sorted(x for x in folder.iterdir() if _may_be_folder(x, trusted))
+        adapters = [x for x in inside if (x.is_symlink() and not trusted) or is_adapter(x)]
         paths += adapters or [folder]
-        skipped += [x for x in inside if adapters and not is_adapter(x)]
+        skipped += sorted({*inside} - {*adapters}) if adapters else []
     for path, count in Counter(os.path.abspath(path) for path in paths).items():
         if count > 1:
             raise OptionError(f"{path!r} is given {count} times; give it once, with {count} times the weight")
@@ -50,8 +53,12 @@ def find(folders: Sequence[Path]) -> tuple[list[Source], list[Path]]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder looks like a PEFT adapter, be it a broken one."""
-    return any((folder / name).exists() for name in _MARKS)
+    """Whether a folder looks like a PEFT adapter, be it a broken one; no link in it is followed."""
+    return any(os.path.lexists(folder / name) for name in _MARKS)
+
+
+def _may_be_folder(path: Path, trusted: bool) -> bool:
+    return path.is_dir() if trusted else path.is_symlink() or path.is_dir()
 
 
 def distinct_names(paths: Iterable[Path]) -> list[str]:

@@ -106,6 +106,15 @@ def scratch(solver: str, shape: Shape) -> int:
     return shape.batch * total
 
 
+def scratch_noised(solver: str, shape: Shape) -> int:
+    """Peak bytes of solving a noised matrix ("dense", "factored" or "subspace"), beside what makes it."""
+    if solver == "dense":
+        return scratch(solver, shape)
+    both = shape.m + shape.n
+    columns = shape.basis(shape.short) if solver == "factored" else 1.2 * shape.k + 10
+    return shape.batch * (math.ceil(16 * both * columns) + 16 * both * shape.k)
+
+
 def scratch_folded(shape: Shape, widest: int) -> int:
     """Peak bytes of accumulating ΔW piece by piece and solving it, beside the pieces as they were read.
 

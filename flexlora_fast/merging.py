@@ -85,7 +85,8 @@ def merge(
     Raises:
         EmptyRoundError: no updates. WeightError: weights that are none, are not known, or sum to zero.
         IncompatibleAdapterError: other base models, layers, methods or treatments of missing layers; clients of one
-        name. OptionError: a method whose sums over parts of a round do not add up to the whole's ("hetlora").
+        name. OptionError: updates of private rounds, or of a method whose sums over parts of a round do not add up to
+        the whole's ("hetlora").
 
     >>> import torch, flexlora_fast as ff
     >>> def client(name, seed):
@@ -190,6 +191,12 @@ def _common(edges: Sequence[_Edge]) -> tuple[Method, str]:
                 raise IncompatibleAdapterError(
                     f"{fact} of {edge.name} is {value!r}, that of {first.name} is {agreed[fact][0]!r}; {remedy}"
                 )
+    private = next((edge.name for edge in edges if edge.update.privacy is not None), None)
+    if private is not None:
+        raise OptionError(
+            f"{private} is of a private round, and what several of them cost together is not known here; make one "
+            "private round of all clients, or one round of these updates' adapters"
+        )
     known = methods.METHODS.get(first.update.method)
     if known is None or not known.linear:
         raise OptionError(

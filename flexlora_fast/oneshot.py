@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 
+from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.defence import Coordinates, Defence
-from flexlora_fast.errors import WeightError
+from flexlora_fast.errors import FlexLoRAError, WeightError
+from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.gate.entrance import Source
 from flexlora_fast.methods import Method
+from flexlora_fast.privacy import Privacy
 from flexlora_fast.progress import track
 from flexlora_fast.update import GlobalUpdate
 
@@ -32,13 +36,17 @@ def aggregate(
     certificate: Literal["exact", "estimate"] = "exact",
     memory_limit: int | str | None = None,
     out: str | os.PathLike[str] | None = None,
+    policy: RoundPolicy | None = None,
     progress: bool | None = None,
     defence: str | Defence | Coordinates | None = None,
+    privacy: Privacy | None = None,
+    reference: Adapter | str | os.PathLike[str] | None = None,
 ) -> GlobalUpdate:
     """Aggregate a round of LoRA adapters of any mix of ranks: :class:`Aggregator` fed in a loop.
 
     Args:
-        adapters: adapters, or paths of PEFT adapter folders.
+        adapters: adapters, or paths of PEFT adapter folders; with a ``policy`` also those of safetensors files, or
+            their bytes.
         weights: one finite number ≥ 0 for each adapter, in their order or by client name (default: all equal).
         clients: names, in the order of ``adapters`` (default: the adapter's own, or its path).
         out: as for :meth:`Aggregator.finish`. The rest as for :class:`Aggregator`.
@@ -50,7 +58,8 @@ def aggregate(
 
     Raises:
         What :meth:`Aggregator.add` and :meth:`Aggregator.finish` raise: one bad adapter stops the call. Feed an
-        ``Aggregator`` yourself to go on without it. With a ``defence`` bad values do not stop it.
+        ``Aggregator`` yourself to go on without it. With a ``defence`` bad values do not stop it. With a ``policy``
+        no client does: the refused are in the update's ``refused``.
 
     >>> import torch, flexlora_fast as ff
     >>> def client(rank):
@@ -72,8 +81,11 @@ def aggregate(
         certificate=certificate,
         memory_limit=memory_limit,
         read="finish",
+        policy=policy,
         progress=progress,
         defence=defence,
+        privacy=privacy,
+        reference=reference,
     )
     fill(round_, adapters, weights, clients)
     return round_.finish(out)
@@ -95,4 +107,5 @@ def fill(
         if isinstance(weights, Mapping) and name not in weights:
             raise WeightError(f"weights has no entry for it; it has {sorted(weights)[:5]} …", client=name)
         share = 1.0 if weights is None else weights[name] if isinstance(weights, Mapping) else weights[i]
-        round_.add(adapter, share, client=name)
+        with contextlib.suppress(*([] if round_.policy is None else [FlexLoRAError])):  # noted in round_.refused
+            round_.add(adapter, share, client=name)

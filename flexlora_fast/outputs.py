@@ -19,9 +19,9 @@ from flexlora_fast.folder import CONFIG_NAME, WEIGHTS_NAME
 from flexlora_fast.inputs import folder_names
 from flexlora_fast.progress import track
 from flexlora_fast.report import Report
+from flexlora_fast.storage import UPDATE_NAME
 from flexlora_fast.update import GlobalUpdate
 
-UPDATE_NAME = "global_update.safetensors"
 REPORT_NAME = "report.json"
 
 
@@ -29,7 +29,8 @@ def check(out: Path, inputs: Sequence[Path], force: bool) -> None:
     """Raise ``OptionError`` where writing to ``out`` would destroy something."""
     target = out.resolve()
     for path in inputs:
-        if target == path.resolve() or target in path.resolve().parents:
+        real = Path(os.path.realpath(path))  # ``resolve`` raises for a loop of links
+        if target == real or target in real.parents:
             raise OptionError(f"--out {str(out)!r} is or holds the input {str(path)!r}; write to another folder")
     if not out.exists():
         return

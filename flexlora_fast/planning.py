@@ -16,6 +16,8 @@ from flexlora_fast.errors import OptionError
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank import plan
 from flexlora_fast.methods import Method
+from flexlora_fast.privacy import solving
+from flexlora_fast.privacy.mechanism import Mechanism
 from flexlora_fast.skeleton import Skeleton
 from flexlora_fast.staging import ALIGNMENT
 
@@ -43,6 +45,7 @@ class Settings:
     results: str = "cpu"
     room: int = 0
     coordinates: Coordinates | None = None
+    private: Mechanism | None = None
     ranks: int = 1
     shard: str = "layers"
 
@@ -62,6 +65,7 @@ class LayerPlan:
 
     ``total_rank``: R. ``rank``: columns wanted. ``grouped``: with other layers of its shape, by ``lowrank.grouped``.
     ``folded``: clients come in pieces that are added to a dense ΔW.
+    ``solver``: settled already, in private rounds.
     ``held``: bytes of the largest piece as read (of all factors where not folded). ``scratch``: bytes beside it.
     ``spread``: the solver, "dense" or one on the factors, for which each rank has some of the clients; "" for a layer
     that one rank solves.
@@ -74,6 +78,7 @@ class LayerPlan:
     held: int
     scratch: int
     grouped: bool = False
+    solver: str = ""
     spread: str = ""
 
     @property
@@ -86,13 +91,13 @@ def plans(skeletons: Sequence[tuple[Skeleton, int]], of: Settings) -> list[Layer
     """``plan_layer`` for every layer; most of a model's are alike, and planned once."""
     known: dict[object, LayerPlan] = {}
     found = []
-    for name in sorted({layer for skeleton, _ in skeletons for layer in skeleton.specs}):
+    specs = {layer: spec for skeleton, _ in reversed(skeletons) for layer, spec in skeleton.specs.items()}
+    for name, spec in sorted((specs if of.private is None else of.private.specs).items()):
         having = [(s, count) for s, count in skeletons if name in s.specs]
-        spec = having[0][0].specs[name]
         alike = [(s.ranks[name], s.layer_bytes[name], count) for s, count in having]
         key = (spec.m, spec.n, spec.experts, *alike)
         if key not in known:
-            known[key] = plan_layer(name, having, of)
+            known[key] = plan_layer(name, having, of) if of.private is None else _privately(spec, having, of)
         found.append(dataclasses.replace(known[key], spec=spec))
     return found
 
@@ -155,6 +160,39 @@ def _by_coordinates(
             f"a layer of {spec.m} outputs and {spec.n} inputs needs {memory.show(_needs(layer, of))} with defence "
             f"{str(of.coordinates)!r}, which takes all clients of a layer at once, and {_bound(of)}",
             layer=name,
+        )
+    return layer
+
+
+def _privately(spec: LayerSpec, having: Sequence[tuple[Skeleton, int]], of: Settings) -> LayerPlan:
+    """A noised matrix, formed where that takes no more than half of the memory, made by tiles where it would.
+
+    By the layer's shape alone: who came must not show in how it was solved. Forming it is always faster, since each
+    pass over tiles makes all noise again: of 4096², 1.1 s against 9.3 s (16 clients of rank 16, k = 16), 4.9 s against
+    108 s (100 clients, k = 64; ``benchmarks/results/privacy.md``).
+    """
+    assert of.private is not None
+    full, widest = min(spec.m, spec.n), of.private.widest
+    total_rank = sum(s.ranks[spec.name] * count for s, count in having)
+    nbytes = sum(s.layer_bytes[spec.name] * count for s, count in having)
+    rank = of.rank or full
+    shape = plan.Shape(spec.m, spec.n, full, min(rank, full), of.tol, spec.experts, of.certificate)
+    ways = []
+    for solver in ("dense", "factored", "subspace"):
+        beside = solving.scratch(spec.m, spec.n, spec.experts, widest)
+        ways.append((solver, memory.scratch_noised(solver, shape) + beside))
+    fitting = [way for way in ways if 2 * way[1] <= of.room] or [min(ways, key=lambda way: way[1])]
+    solver, needs = fitting[0] if of.solver == "auto" else next(way for way in ways if way[0] == of.solver)
+    layer = LayerPlan(spec, full, rank, False, nbytes, needs, False, solver)
+    if _needs(layer, of) > of.room and solver == "dense":
+        piece = memory.piece_bytes(nbytes, total_rank, widest)
+        summed = solving.sum_bytes(spec.m, spec.n, spec.experts, widest)
+        layer = dataclasses.replace(layer, folded=True, held=piece, scratch=needs + summed)
+    if _needs(layer, of) > of.room:
+        raise OptionError(
+            f"a layer of {spec.m} outputs and {spec.n} inputs needs {memory.show(_needs(layer, of))} in a private "
+            f"round solved by {solver!r}, and {_bound(of)}",
+            layer=spec.name,
         )
     return layer
 

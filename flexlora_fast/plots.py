@@ -233,10 +233,10 @@ def _put_title(axes: Axes, text: str) -> None:
 
 
 def _title(report: Report, what: str) -> str:
-    layers, clients = len(report.layers), len(report.clients)
-    return (
-        f"{what}: {layers} layer{'s' * (layers != 1)}, {clients} client{'s' * (clients != 1)}, {report.update.method}"
-    )
+    counts = [tables.count(len(report.layers), "layer")]
+    if report.clients:  # sums name nobody
+        counts.append(tables.count(len(report.clients), "client"))
+    return f"{what}: {', '.join(counts)}, {report.update.method}"
 
 
 def _short(name: str, length: int) -> str:

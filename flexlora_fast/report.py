@@ -16,12 +16,12 @@ from torch import Tensor
 
 from flexlora_fast import tables
 from flexlora_fast.tables import count, natural, number, percent, span, spread
+from flexlora_fast.verdicts import tally, verdict_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from flexlora_fast.defence import Verdict
     from flexlora_fast.update import GlobalUpdate, LayerUpdate
 
 FORMAT = "flexlora_fast.report/1"
@@ -33,6 +33,8 @@ _RANK_COLUMNS = 6  # more would not fit beside the rest in 160 characters
 
 class Report:
     """Tables, plots and JSON of one :class:`~flexlora_fast.GlobalUpdate`; printing it shows the tables.
+
+    Of a private round it says what it cost, and nothing of who came: no clients, no refusals, no wall times.
 
     Args:
         update: the round.
@@ -52,9 +54,12 @@ class Report:
         self.update = update
         sent = {rank for client in update.clients for rank in client.ranks.values()}
         kept = {layer.rank for layer in update.values()}
+        self.private = update.privacy is not None
+        if self.private:
+            sent = set()
         self.ranks: list[int] = sorted(set(ranks) if ranks is not None else sent or kept)
         self.layers: list[str] = sorted(update.layers, key=natural)
-        self.refused = list(update.refused)
+        self.refused = [] if self.private else list(update.refused)
 
     # -- for machines ---
 
@@ -62,9 +67,9 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         """One dict per layer, in the order of the model (layers.2 before layers.10).
 
-        layer, kind, m, n, experts; clients: how many adapt it; clients_rank_total: R; kept_rank: k; norm: ‖ΔW‖_F;
-        stable_rank: ‖ΔW‖_F²/σ_1², for MoE the mean over experts; effective_rank: see :func:`effective_rank`,
-        None where the spectrum was cut;
+        layer, kind, m, n, experts; clients: how many adapt it (None where that is a secret); clients_rank_total: R (in
+        a private round min(m, n), of the noise); kept_rank: k; norm: ‖ΔW‖_F; stable_rank: ‖ΔW‖_F²/σ_1², for MoE the
+        mean over experts; effective_rank: see :func:`effective_rank`, None where the spectrum was cut;
         error: ‖ΔW − ΔW_r‖_F and energy_kept: its share of ‖ΔW‖_F², each by rank of interest, None beyond what is
         kept; solver, iterations, excess: how it was solved, with the estimated excess at rank k (0: exact);
         energy_error: the standard error of ‖ΔW‖_F² where it was estimated (0: computed); inherited: the part of error
@@ -83,7 +88,7 @@ class Report:
             "m": spec.m,
             "n": spec.n,
             "experts": spec.experts,
-            "clients": sum(layer.name in client.ranks for client in self.update.clients),
+            "clients": None if self.private else sum(layer.name in client.ranks for client in self.update.clients),
             "clients_rank_total": layer.total_rank,
             "kept_rank": layer.rank,
             "norm": layer.norm,
@@ -114,7 +119,7 @@ class Report:
                 "use_rslora": bool(client.config.get("use_rslora")),
                 "dtype": client.dtype,
             }
-            for client in self.update.clients
+            for client in ([] if self.private else self.update.clients)
         ]
 
     @cached_property
@@ -134,7 +139,7 @@ class Report:
                 "format": FORMAT,
                 "method": self.update.method,
                 "seed": self.update.seed,
-                "seconds": self.update.seconds,
+                "seconds": {} if self.private else self.update.seconds,
                 "ranks": self.ranks,
                 "total": self.total,
                 "layers": self.rows,
@@ -143,6 +148,7 @@ class Report:
                 "defence": self.update.defence,
                 "verdicts": [dataclasses.asdict(verdict) for verdict in self.update.verdicts],
                 "extras": sorted(self.update.extras),
+                "privacy": None if self.update.privacy is None else dataclasses.asdict(self.update.privacy),
             }
         )
 
@@ -159,7 +165,7 @@ class Report:
         if self.clients:
             result.append(self._client_table(full))
         if self.update.verdicts:
-            result.append(verdict_table(self.update.defence, self.update.verdicts, full))
+            result.append(verdict_table(self.update.defence, self.update.verdicts, None if full else LISTED))
         if self.refused:
             result.append(refusal_table(self.refused))
         return result
@@ -168,16 +174,22 @@ class Report:
         """One line on the whole round."""
         solvers = ", ".join(f"{name} {count}" for name, count in sorted(self.update.solvers().items()))
         worst = max((row["excess"] or 0.0 for row in self.rows), default=0.0)
+        excess = f"excess up to {number(worst)}" if worst else "exact"
+        if any(row["excess"] is None for row in self.rows):  # not known, or infinite
+            excess = "excess not known"
+        clients = f", {count(len(self.clients), 'client')}" if self.clients else ""  # sums name nobody
+        clients = ", private" if self.private else clients
         kept = ", ".join(f"{percent(share)} at rank {rank}" for rank, share in self._columns(self.total["energy_kept"]))
         refused = f" ({len(self.refused)} refused)" if self.refused else ""
-        defended = f"; defence {self.update.defence}{_tally(self.update.verdicts)}" if self.update.defence else ""
         left_out = math.fsum(row["inherited"] ** 2 for row in self.rows) ** 0.5
         merged = f" of what the merged updates kept, which left out up to {number(left_out)}" if left_out else ""
+        defended = f"; defence {self.update.defence}{tally(self.update.verdicts)}" if self.update.defence else ""
+        private = "" if self.update.privacy is None else f"; {self.update.privacy}"
         return (
-            f"{count(len(self.rows), 'layer')}, {count(len(self.clients), 'client')}{refused}; "
+            f"{count(len(self.rows), 'layer')}{clients}{refused}; "
             f"method {self.update.method}{defended}; solved by {solvers or 'none'} "
-            f"({f'excess up to {number(worst)}' if worst else 'exact'}); "
-            f"‖ΔW‖_F {number(self.total['norm'])} in all{merged}; energy kept: {kept or '–'}"
+            f"({excess}); "
+            f"‖ΔW‖_F {number(self.total['norm'])} in all{merged}; energy kept: {kept or '–'}{private}"
         )
 
     def view(self, full: bool | None = None) -> RenderableType:
@@ -229,7 +241,7 @@ class Report:
                     number(row["norm"]),
                     *(percent(row["energy_kept"][rank]) for rank in ranks),
                     f"{row['solver']} ({row['iterations']})" if row["iterations"] else row["solver"],
-                    number(row["excess"]) if row["excess"] else "exact",
+                    "exact" if row["excess"] == 0 else number(row["excess"]),
                 ]
                 for row in rows
             ],
@@ -303,30 +315,6 @@ def refusal_table(refused: Sequence[Any]) -> Table:
     """Clients that were refused, with the reason (which need not repeat the client's name)."""
     rows = [[r.client, r.reason.removeprefix(f"client {r.client!r}").lstrip(",: ")] for r in refused]
     return tables.table("Refused", ["client", "reason"], rows, left=["client", "reason"])
-
-
-def verdict_table(defence: str | None, verdicts: Sequence[Verdict], full: bool | None) -> Table:
-    """What a defence made of each client; the accepted come last, and are left out first where there are many."""
-    ordered = sorted(verdicts, key=lambda verdict: verdict.status == "accepted")
-    shown = ordered if full or len(ordered) <= LISTED else ordered[:LISTED]
-    more = f" (the first {len(shown)} of {len(ordered)})" if len(shown) < len(ordered) else ""
-    return tables.table(
-        f"Defence {defence}{more}",
-        ["client", "verdict", "‖ΔW‖_F", "weight", "share", "factor", "reason"],
-        [
-            [v.client, v.status, number(v.norm), percent(v.weight), percent(v.share), number(v.factor), v.reason]
-            for v in shown
-        ],
-        left=["client", "verdict", "reason"],
-        implied={"reason": ""},
-    )
-
-
-def _tally(verdicts: Sequence[Verdict]) -> str:
-    """``: 4 accepted, 1 rejected``; nothing where the rule gives no verdicts."""
-    counts = Counter(verdict.status for verdict in verdicts)
-    told = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
-    return f": {told}" if told else ""
 
 
 def effective_rank(spectrum: Tensor) -> float:

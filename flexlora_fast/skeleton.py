@@ -97,6 +97,11 @@ class Skeleton:
         return (*keys, self.bias_keys[layer]) if layer in self.bias_keys else keys
 
     @cached_property
+    def extras(self) -> dict[str, Form]:
+        """Forms of ``extra_keys``."""
+        return {key: self.forms[key] for key in self.extra_keys}
+
+    @cached_property
     def layer_bytes(self) -> dict[str, int]:
         """Bytes of each layer's tensors as stored."""
         return {layer: sum(self.forms[key].nbytes for key in self.keys_of(layer)) for layer in self.specs}

@@ -20,11 +20,13 @@ from flexlora_fast.errors import AdapterError
 from flexlora_fast.files import replace
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.privacy import Spent
 from flexlora_fast.skeleton import Form
 from flexlora_fast.tensorfile import TensorFile, TensorWriter
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
 FORMAT = "flexlora_fast.global_update/4"
+UPDATE_NAME = "global_update.safetensors"  # in the folder of a round
 _PADDING = "padding"
 # Bytes of the header for the dtype, shape and offsets of one tensor, and for the numbers of one layer; generous.
 _ENTRY, _FACTS = 400, 400
@@ -60,7 +62,9 @@ def about(update: GlobalUpdate) -> dict[str, Any]:
             if by_identity[identity] == len(kinds):
                 kinds.append(kind)
         clients.append({"name": record.name, "weight": record.weight, "kind": by_identity[identity]})
-    return {
+    # No key at all without privacy, so that files of format 3 stay what they were.
+    private = {} if update.privacy is None else {"privacy": dataclasses.asdict(update.privacy)}
+    return private | {
         "clients": clients,
         "kinds": kinds,
         "refused": [dataclasses.asdict(refusal) for refusal in update.refused],
@@ -213,6 +217,7 @@ def _parse(about: dict[str, Any], file: TensorFile) -> GlobalUpdate:
         seconds=about["seconds"],
         defence=about["defence"],
         verdicts=[Verdict(**verdict) for verdict in about["verdicts"]],
+        privacy=Spent(**about["privacy"]) if "privacy" in about else None,
         weight=about["weight"],
         missing=about["missing"],
     )

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from flexlora_fast.errors import AdapterError, shown
+from flexlora_fast.errors import AdapterError, UnreadableError, shown
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -84,7 +84,8 @@ class TensorFile(Mapping[str, Tensor]):
 
     ``hold`` keeps the file open: it may then be moved, replaced or removed while it is in use.
 
-    Raises ``AdapterError`` where the file cannot be read, contradicts itself, or (at each access) has changed since.
+    Raises ``AdapterError`` where the file cannot be read or contradicts itself, and ``UnreadableError`` (at each
+    access) where it is gone or has changed since.
     """
 
     __slots__ = ("_held", "_names", "_stamp", "index", "path")
@@ -161,21 +162,21 @@ class TensorFile(Mapping[str, Tensor]):
     def opened(self) -> Opened:
         """The open file, for as long as what is returned is kept; ``place`` says where in it a tensor lies.
 
-        Raises ``AdapterError`` where it is gone or has changed.
+        Raises ``UnreadableError`` where it is gone or has changed.
         """
         try:
             opened = self._held or Opened(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
-            raise AdapterError(
+            raise UnreadableError(
                 f"{self.path!r} cannot be read any more ({error.strerror}); a file must stay while it is in use"
             ) from error
         self.check(opened)
         return opened
 
     def check(self, opened: Opened) -> None:
-        """Raise ``AdapterError`` if the file has changed since its header was read."""
+        """Raise ``UnreadableError`` if the file has changed since its header was read."""
         if _stamp(os.fstat(opened.descriptor)) != self._stamp:
-            raise AdapterError(
+            raise UnreadableError(
                 f"{self.path!r} has changed since it was opened; a file must stay as it is while it is in use"
             )
 
@@ -191,11 +192,11 @@ class TensorFile(Mapping[str, Tensor]):
             try:
                 got = os.preadv(descriptor, left[:_BUFFERS], position)
             except OSError as error:
-                raise AdapterError(
+                raise UnreadableError(
                     f"{self.path!r} cannot be read ({error.strerror}); check the disk, or have it sent again"
                 ) from error
             if got == 0:
-                raise AdapterError(f"{self.path!r} ends too early; have it sent again")
+                raise UnreadableError(f"{self.path!r} ends too early; have it sent again")
             position += got
             while left and got >= len(left[0]):
                 got -= len(left.pop(0))
@@ -310,12 +311,13 @@ def read_index(read: Callable[[int, int], bytes], size: int, longest: int = LONG
 
 def _parse(header: bytes, digest: bytes) -> Index:
     try:
-        document = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+        document = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise BadFileError(f"its header is not JSON: {error}") from error
     if not isinstance(document, dict) or header[:1] != b"{":
         raise BadFileError("its header is no JSON object")
-    metadata = document.pop("__metadata__", None) or {}
+    metadata = document.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFileError("its __metadata__ does not map names to text")
     entries = {name: _entry(name, fields) for name, fields in document.items()}
@@ -328,7 +330,8 @@ def _parse(header: bytes, digest: bytes) -> Index:
     return Index(entries, metadata, 8 + len(header), digest)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads(object_pairs_hook=…)``: raises ``ValueError`` where an object has a name twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name occurs twice")

@@ -23,6 +23,7 @@ from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.random import stream
 from flexlora_fast.precision import full_precision
+from flexlora_fast.privacy import Spent
 
 if TYPE_CHECKING:
     from flexlora_fast.report import Report
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 class ClientRecord:
     """What the round knows of one accepted client, enough to make its adapter again.
 
-    ``weight`` is its normalised share; ``ranks`` its rank by layer; ``extras`` the keys of its tensors that are not
-    low-rank pairs; ``dtype`` that of its factors.
+    ``weight`` is its normalised share (in a private round its weight as given); ``ranks`` its rank by layer; ``extras``
+    the keys of its tensors that are not low-rank pairs; ``dtype`` that of its factors.
     """
 
     name: str
@@ -63,7 +64,7 @@ class LayerUpdate:
     Attributes:
         spec: names and shapes of the layer.
         factorization: U (E, m, k), S (E, k), V (E, n, k), energy (E,); E is 1 but for MoE experts.
-        total_rank: R, the sum of the clients' ranks in this layer.
+        total_rank: R, the sum of the clients' ranks in this layer; min(m, n) where they are secret (``secure``).
         averaged: for methods that average factors (``output = "slice"``), their B̄ (E, m, r) and Ā (E, r, n), whole:
             adapters are then their first columns instead of singular triplets.
         bias: Σ w·s·(lora_B.bias) (m,), where clients train one.
@@ -195,6 +196,8 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
         defence, verdicts: the rule against hostile clients in words, and what it made of each; None and empty without.
         method, seed: as given. template: the LoRA config that adapters start from.
         seconds: wall time of the parts of the round.
+        privacy: what a private round cost. All that is made from its layers and extras may go out; the names, weights,
+            ranks and refusals of its clients, and its wall times, which a saved file holds as well, are the server's.
         weight: the sum of the weights that its clients came with; None where it is not known. missing: as given.
     """
 
@@ -208,6 +211,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
     seconds: dict[str, float] = field(default_factory=dict)
     defence: str | None = None
     verdicts: list[Verdict] = field(default_factory=list)
+    privacy: Spent | None = None
     weight: float | None = None
     missing: str = "zero"
 
@@ -311,6 +315,9 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
         for record in self.clients:
             if record.name == name:
                 return record
+        if not self.clients:
+            what = f"this update knows no clients ({self.method}); give rank= or config= of the one to be served"
+            raise AdapterError(what, client=name)
         known = ", ".join(repr(record.name) for record in self.clients[:5])
         raise AdapterError(f"no such client in this round; it has {len(self.clients)}: {known} …", client=name)
 

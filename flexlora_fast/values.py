@@ -15,7 +15,7 @@ from flexlora_fast.methods.averaging import update_norm
 
 # Bounds of norms below this settle the matter: they are finite, so no entry is NaN or infinite, and with a scale below
 # it as well the product of two is below LARGEST.
-_SAFE = 1e12
+SAFE = 1e12
 
 
 def check_finite(tensor: Tensor, key: str, *, client: str | None = None, layer: str | None = None) -> None:
@@ -45,7 +45,7 @@ def check_layer(
         scale: s.
     """
     parts = [A, B] if bias is None else [A, B, bias]
-    if all(_bound(X) < _SAFE for X in parts) and abs(scale) < _SAFE:
+    if all(_bound(X) < SAFE for X in parts) and abs(scale) < SAFE:
         return
     for X, key in zip(parts, keys, strict=True):
         check_finite(X, key, client=client, layer=layer)
@@ -66,7 +66,7 @@ def check_layer(
 
 def harmless(largest: float, entries: int, scale: float) -> bool:
     """Whether tensors of at most so many entries, none of them larger in magnitude, pass ``check_layer``."""
-    return math.sqrt(entries) * largest < _SAFE and scale < _SAFE
+    return math.sqrt(entries) * largest < SAFE and scale < SAFE
 
 
 def _bound(X: Tensor) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flexlora_fast import memory, planning, together, values
@@ -20,10 +21,14 @@ from flexlora_fast.incremental import KeptGrams
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.accumulate import Accumulator
 from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.lowrank.plan import FLOAT32_TOL
+from flexlora_fast.lowrank.random import stream
 from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.methods import Contribution
 from flexlora_fast.planning import LayerPlan, Settings
 from flexlora_fast.precision import full_precision
+from flexlora_fast.privacy import solving
+from flexlora_fast.privacy.mechanism import Release
 from flexlora_fast.resident import Resident
 from flexlora_fast.stack import Stack
 from flexlora_fast.stored import Stored
@@ -75,6 +80,7 @@ class Work:
     grams: KeptGrams | None = None
     resident: Resident | None = None
     stored: Stored | None = None
+    release: Release | None = None  # of a private round, once it is charged
     only: frozenset[str] | None = None
     plans: list[LayerPlan] = field(init=False)  # in the order of solving
     groups: list[list[LayerPlan]] = field(init=False)  # the same in runs that are solved together
@@ -189,6 +195,9 @@ class Work:
     @full_precision()
     def solve_layer(self, layer: LayerPlan, pieces: Iterator[Piece]) -> LayerUpdate:
         """Take the layer's pieces and solve it. Raises ``AdapterError`` naming client and layer for bad values."""
+        if self.settings.private is not None:
+            result, bias = self._privately(layer, pieces)
+            return LayerUpdate(layer.spec, self.brought(result), layer.total_rank, None, bias)
         if self.settings.coordinates is not None:
             result, bias = self._by_coordinates(self.settings.coordinates, layer, next(pieces))
             return LayerUpdate(layer.spec, self.brought(result), layer.total_rank, None, bias)
@@ -206,6 +215,37 @@ class Work:
         rank = min(layer.rank, spec.m, spec.n)
         result = total.solve(rank, tol=of.tol, seed=of.seed, name=spec.name)
         return result, combined_bias(rule, contributions, piece.biases)
+
+    def _privately(self, layer: LayerPlan, pieces: Iterator[Piece]) -> tuple[Factorization, Tensor | None]:
+        """The clipped clients' sum with its noise: clip factors are in the scales, the denominator in the release."""
+        of, spec, release = self.settings, layer.spec, self.release
+        assert release is not None
+        bias, total = _Bias(), torch.zeros(spec.m, dtype=torch.float64)
+
+        def contributions() -> Iterator[list[Contribution]]:
+            last = False
+            while not last:
+                piece = next(pieces)
+                checked, last = self.checked(spec, piece), piece.last
+                for c, b in zip(checked, piece.biases, strict=True):
+                    bias.add(c, b)
+                yield checked
+
+        result = solving.solve_noised(
+            release,
+            spec,
+            contributions(),
+            min(layer.rank, spec.m, spec.n),
+            key=stream(of.seed, spec.name),
+            tol=max(of.tol, FLOAT32_TOL),
+            solver=layer.solver,
+            folded=layer.folded,
+            device=of.device,
+        )
+        if spec.name not in release.of.biased:
+            return result, None
+        total += bias.total if bias.total is not None else 0.0
+        return result, release.released(f"bias/{spec.name}", total)
 
     def brought(self, f: Factorization) -> Factorization:
         """The same on the CPU; with ``results="device"`` U and V stay on the device that they were computed on."""
@@ -317,13 +357,13 @@ class _Bias:
     """Σ w·s·b over the clients' lora_B.bias: it is applied times the scale, so it is an update like s·B·A."""
 
     def __init__(self) -> None:
-        self._total: Tensor | None = None
+        self.total: Tensor | None = None  # float64
 
     def add(self, c: Contribution, bias: Tensor | None) -> None:
         if bias is not None:
             term = c.weight * c.scale * bias.double().cpu()
-            self._total = term if self._total is None else self._total + term
+            self.total = term if self.total is None else self.total + term
 
     @property
     def mean(self) -> Tensor | None:
-        return None if self._total is None else self._total.float()
+        return None if self.total is None else self.total.float()

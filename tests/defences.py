@@ -6,7 +6,7 @@ The rules use nothing of the package but the clients' factors: a client is one l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,9 +41,11 @@ def shares(clients: Sequence[Client]) -> Array:
 
 def clip(X: Array, w: Array) -> Array:
     norms = np.linalg.norm(X, axis=1)
-    positive = np.sort(norms[norms > 0])
-    bound = positive[math.ceil(len(positive) / 2) - 1] if len(positive) else np.inf
-    kept = norms <= 10 * bound
+    kept = np.full(len(X), True)
+    for _ in range(len(X)):  # each time somebody is rejected, or all is settled
+        positive = np.sort(norms[kept & (norms > 0)])
+        bound = positive[math.ceil(len(positive) / 2) - 1] if len(positive) else np.inf
+        kept &= norms <= 10 * bound
     return np.where(kept, w, 0) / w[kept].sum() * np.minimum(1, bound / np.maximum(norms, 1e-300))
 
 
@@ -72,8 +74,9 @@ def geometric_median(X: Array, w: Array) -> Array:
     norms = np.linalg.norm(X, axis=1)
     if not norms.any():
         return w
-    positive = np.sort(norms[norms > 0])
-    floor = 1e-3 * positive[math.ceil(len(positive) / 2) - 1]
+    order = np.argsort(norms[norms > 0], kind="stable")
+    below = np.cumsum(w[norms > 0][order])
+    floor = 1e-3 * norms[norms > 0][order][np.searchsorted(below, 0.5 * below[-1] - 1e-12)]
     a = w
     for _ in range(3000):
         v = a @ X
@@ -151,15 +154,32 @@ def attacked(clients: Sequence[Client], attack: str, count: int) -> list[Client]
     return [*ATTACKS[attack](clients[:count]), *clients[count:]] if count else list(clients)
 
 
+def mean_of(clients: Sequence[Client]) -> dict[str, Array]:
+    """Σ w_i·ΔW_i by layer, (E, m, n) float64."""
+    weights = shares(clients)
+    return {
+        layer: sum(w * oracle.product(c, layer) for w, c in zip(weights, clients, strict=True))
+        for layer in clients[0].layers
+    }
+
+
+def task_of(model: str | Sequence[Layer] = "linear", seed: int = 0) -> dict[str, Array]:
+    """What ``alike`` clients have in common, by layer: the mean of ever more of them."""
+    return mean_of(alike(6, model, seed, spread=0.0))  # six have all combinations of ranks and weights
+
+
+def error_to(update: ff.GlobalUpdate, target: Mapping[str, Array]) -> float:
+    """‖ΔW − target‖_F/‖target‖_F over all layers."""
+    off = norm = 0.0
+    for layer, truth in target.items():
+        got = oracle.array(update.delta(layer)).reshape(truth.shape)
+        off, norm = off + float(((got - truth) ** 2).sum()), norm + float((truth**2).sum())
+    return math.sqrt(off / norm)
+
+
 def error_of(update: ff.GlobalUpdate, honest: Sequence[Client]) -> float:
     """‖ΔW − honest mean‖_F/‖honest mean‖_F over all layers."""
-    weights = shares(honest)
-    off = norm = 0.0
-    for layer in honest[0].layers:
-        mean = sum(w * oracle.product(c, layer) for w, c in zip(weights, honest, strict=True))
-        got = oracle.array(update.delta(layer)).reshape(mean.shape)
-        off, norm = off + float(((got - mean) ** 2).sum()), norm + float((mean**2).sum())
-    return math.sqrt(off / norm)
+    return error_to(update, mean_of(honest))
 
 
 # -- attacks: what hostile clients send in place of their own adapters ---
@@ -198,11 +218,75 @@ def product_poison(hostile: Sequence[Client]) -> list[Client]:
     return [c.mapped(aligned) for c in hostile]
 
 
+def sent(own: Client, layers: Mapping[str, rounds.Factors]) -> Client:
+    """A client that sends these A (E, r, n) and B (E, m, r), one rank for all layers, with a scale of 1."""
+    (rank,) = {A.shape[1] for A, _ in layers.values()}
+    factors = {name: (A.float().contiguous(), B.float().contiguous()) for name, (A, B) in layers.items()}
+    return own.but(
+        config=own.config | {"r": rank, "lora_alpha": rank}, factors=factors, scales=dict.fromkeys(layers, 1.0)
+    )
+
+
+def little_is_enough(hostile: Sequence[Client]) -> list[Client]:
+    """All send the mean of their own updates less 1.5 standard deviations in every entry: inside the variance, and
+    all to one side.
+
+    Source: Baruch, Baruch, Goldberg, "A Little Is Enough", NeurIPS 2019 (arXiv 1902.06156), with z as in its tables.
+    """
+    layers: dict[str, rounds.Factors] = {}
+    width = max(min(layer.m, layer.n) for layer in hostile[0].layers.values())
+    for name in hostile[0].layers:
+        products = np.stack([oracle.product(c, name) for c in hostile])
+        U, S, Vt = np.linalg.svd(products.mean(axis=0) - 1.5 * products.std(axis=0), full_matrices=False)
+        B, A = torch.from_numpy(U * S[:, None]), torch.from_numpy(Vt)
+        rest = width - A.shape[1]
+        layers[name] = torch.nn.functional.pad(A, (0, 0, 0, rest)), torch.nn.functional.pad(B, (0, rest))
+    return [sent(c, layers) for c in hostile]
+
+
+def inner_product(hostile: Sequence[Client]) -> list[Client]:
+    """All send −½ times the mean of their own updates: short, and turned round.
+
+    Source: Xie, Koyejo, Gupta, "Fall of Empires: Breaking Byzantine-tolerant SGD by Inner Product Manipulation", UAI
+    2019 (arXiv 1903.03936), where ε is between 0 and 1 or large.
+    """
+    layers: dict[str, rounds.Factors] = {}
+    for name in hostile[0].layers:
+        A = torch.cat([c.factors[name][0].double() for c in hostile], dim=1)
+        B = torch.cat([c.factors[name][1].double() * (-0.5 * c.scales[name] / len(hostile)) for c in hostile], dim=2)
+        layers[name] = A, B
+    return [sent(c, layers) for c in hostile]
+
+
+def gauge_games(_: str, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turned round, in factors (B·M, M⁻¹·A) of condition 2⁴⁰ that say nothing of it by their norms; exact."""
+    M = torch.tensor([2.0**20 if i % 2 else 2.0**-20 for i in range(A.shape[1])])
+    return A / M[:, None], -B * M
+
+
+def inflated(hostile: Sequence[Client]) -> list[Client]:
+    """Turned round, every column cut into sixteen: sixteen times the rank and the same ΔW, exactly."""
+    made = []
+    for c in hostile:
+        layers = {n: (A.repeat(1, 16, 1), -B.repeat(1, 1, 16) * (c.scales[n] / 16)) for n, (A, B) in c.factors.items()}
+        made.append(sent(c, layers))
+    return made
+
+
+def scaled(factor: float) -> Callable[[Sequence[Client]], list[Client]]:
+    """Their own updates, ``factor`` times as long."""
+    return _each(lambda _, A, B: (A, factor * B))
+
+
 ATTACKS: dict[str, Callable[[Sequence[Client]], list[Client]]] = {
     "sign flip": _each(lambda _, A, B: (A, -B)),
-    "scaling ×100": _each(lambda _, A, B: (A, 100 * B)),
+    "scaling ×100": scaled(100),
     "colluding copies": collude,
     "NaN": _each(lambda _, A, B: (A, torch.full_like(B, torch.nan))),
     "noise ×3": noise,
     "product poisoning": product_poison,
+    "little is enough": little_is_enough,
+    "inner product": inner_product,
+    "gauge games": _each(gauge_games),
+    "rank inflation": inflated,
 }

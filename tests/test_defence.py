@@ -14,6 +14,7 @@ from torch import Tensor
 import flexlora_fast as ff
 from flexlora_fast import defence
 from flexlora_fast.backends import cpu
+from flexlora_fast.defence import gram as grams
 from flexlora_fast.defence.gram import gram_of
 from flexlora_fast.errors import EmptyRoundError, IncompatibleAdapterError, OptionError
 from flexlora_fast.planning import Settings
@@ -80,6 +81,18 @@ def test_a_layer_in_pieces_has_the_same_gram() -> None:
     np.testing.assert_allclose(two.numpy(), X @ X.T, rtol=0, atol=1e-6 * (X**2).sum(axis=1).max())
 
 
+@pytest.mark.parametrize("entries", [1, 40, 1 << 16])
+def test_slabs_of_a_gram_change_nothing(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ends within a client, clients wider than a slab, and columns of zeros."""
+    clients = [rounds.client(f"c{i}", "mixed", rank=rank, alpha=rank) for i, rank in enumerate((1, 11, 2, 7))]
+    clients[2] = clients[2].mapped(lambda _, A, B: (A, torch.cat([B[:, :, :1], 0 * B[:, :, 1:]], dim=2)))
+    X = defences.vectors(clients)
+    monkeypatch.setattr(grams, "_ENTRIES", entries)
+    found = gram_of(work_of(clients)).numpy()
+    np.testing.assert_allclose(found, X @ X.T, rtol=0, atol=2e-6 * (X**2).sum(axis=1).max())
+    assert np.array_equal(found, found.T)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_the_gram_does_not_see_the_gauge(model: str) -> None:
     clients = rounds.typical(model)
@@ -126,7 +139,10 @@ def test_large_factors_with_a_small_product_cannot_hide_or_pretend() -> None:
 
 
 def test_the_gram_is_the_same_bits_for_any_number_of_threads() -> None:
-    clients = alike(12, "mixed")
+    clients = [
+        c.but(bias={"h.0.up": torch.linspace(-1, i, 29)}, config=c.config | {"lora_bias": True})
+        for i, c in enumerate(alike(12, "mixed"))
+    ]
     before = torch.get_num_threads()
     found = []
     try:
@@ -288,3 +304,31 @@ def test_every_method_and_solver_takes_a_defence(method: str, solver: str) -> No
         truth = case.truth(sent[1:], layer)
         for rank in (1, update[layer].rank):
             checks.assert_best(update, layer, truth, rank, checks.batched(update.delta(layer, rank)))
+
+
+@pytest.mark.parametrize("name", ["geometric-median", "centred-clipping", "fltrust", "clip:norm=20"])
+def test_weight_k_equals_k_copies(name: str) -> None:
+    """Where the docstring says so; rules that count clients are tried below."""
+    reference = alike(1, spread=0.1)[0].adapter()
+    rule = defence.FLTrust(reference=reference) if name == "fltrust" else defence.get(name)
+    clients = [
+        c.but(weight=float(w)) for c, w in zip(attacked(alike(7), "noise ×3", 2), (3, 1, 2, 1, 4, 1, 2), strict=True)
+    ]
+    copies = [c.but(name=f"{c.name}.{i}", weight=1.0) for c in clients for i in range(int(c.weight))]
+    one, many = aggregate(clients, rule, rank=20), aggregate(copies, rule, rank=20)
+    owner = np.array([v.client.split(".")[0] for v in many.verdicts])
+    summed = [coefficients(many)[owner == c.name].sum() for c in clients]
+    np.testing.assert_allclose(coefficients(one), summed, rtol=0, atol=1e-6)
+    for layer in one.layers:
+        torch.testing.assert_close(one.delta(layer), many.delta(layer), rtol=0, atol=1e-4 * one[layer].norm)
+
+
+@pytest.mark.parametrize("name", ["clip", "krum", "multi-krum", "foolsgold"])
+def test_weights_say_nothing_about_who_is_trusted(name: str) -> None:
+    """A hostile client may claim any weight: neither bounds nor choices move, only shares among the trusted."""
+    clients = attacked(alike(9), "noise ×3", 3)
+    plain = aggregate(clients, name).verdicts
+    heavy = aggregate([c.but(weight=c.weight * (1000 if i < 3 else 1)) for i, c in enumerate(clients)], name).verdicts
+    for one, two in zip(plain, heavy, strict=True):
+        assert (one.share > 0) == (two.share > 0) and one.norm == two.norm
+        assert one.factor == two.factor

@@ -119,6 +119,14 @@ def test_a_fifth_of_hostile_clients_does_no_harm(rule: str, attack: str) -> None
     assert error_of(aggregate(attacked(clients, attack, 2), None, rank=30), clients[2:]) > 0.3
 
 
+@pytest.mark.parametrize("attack", ["gauge games", "rank inflation"])
+@pytest.mark.parametrize("rule", RULES)
+def test_other_factors_of_the_same_update_gain_nothing(rule: str, attack: str) -> None:
+    one, two = (aggregate(attacked(alike(8), kind, 2), rule, rank=30) for kind in ("sign flip", attack))
+    for layer in one.layers:
+        torch.testing.assert_close(one.delta(layer), two.delta(layer), rtol=0, atol=1e-5 * one[layer].norm)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_heads_and_biases_are_treated_alike(rule: str) -> None:
     values = (1.0, 2.0, 3.0, 1e9)

@@ -267,7 +267,7 @@ def test_a_file_that_one_rank_does_not_see(tmp_path):
 
 @pytest.mark.parametrize("option", ["policy", "spool", "results", "privacy"])
 def test_options_of_one_process_are_refused_by_name(option):
-    (outcome,) = ranks.run(1, refused_option, {option: None})
+    (outcome,) = ranks.run(1, refused_option, {option: "something"})
     assert outcome.kind == "OptionError" and f"{option}= is not for rounds on several ranks" in outcome.text
 
 

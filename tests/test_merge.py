@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -196,6 +198,11 @@ def test_what_cannot_be_merged():
     for why, other in others.items():
         with pytest.raises(errors.IncompatibleAdapterError, match=why):
             ff.merge([edge, other])
+    private = dataclasses.replace(
+        aggregate(clients[2:]), privacy=ff.privacy.Spent(0.5, 1e-5, 1, 1.0, 1.0, 1.0, 4.0, None)
+    )
+    with pytest.raises(errors.OptionError, match="update 1 is of a private round"):
+        ff.merge([edge, private])
     head = (
         aggregate([clients[3].but(extras={"head": torch.ones(3)})]),
         aggregate([clients[4].but(extras={"head": torch.ones(4)})]),

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flexlora_fast.defence.base import Judgement, Rule, check_count, check_number, lower_quantile, normalised, norms_of
+from flexlora_fast.errors import OptionError
+
+if TYPE_CHECKING:
+    from flexlora_fast.update import GlobalUpdate
+
+
+# How fast a carried bound follows its quantile: η of Andrew et al. 2021, section 3.
+_RATE = 0.2
 
 
 @dataclass(frozen=True)
@@ -16,16 +26,19 @@ class Clip(Rule):
     """Reject updates of absurd norm, and clip the others: c_i = min(1, τ/‖ΔW_i‖_F), joint over all layers.
 
     τ is the ``quantile`` of the norms of this round (of those > 0), or ``norm`` where it is given. A client with
-    ‖ΔW_i‖_F > ``zeroing``·τ is rejected (None: never).
+    ‖ΔW_i‖_F > ``zeroing``·τ is rejected (None: never), and τ is taken again from those that are left, until none is:
+    the round is as if the rejected had never come.
 
     Weights: a rejected client counts as absent, so its weight is shared out. A clipped one keeps its weight: the mean
-    of shortened updates is the rule, and to renormalise would undo it.
+    of shortened updates is the rule, and to renormalise would undo it. The quantile counts clients, as the source does:
+    a weight may be what a client says of itself, and must not move the bound of others. So weight k is not k copies
+    here, but for ``norm``.
 
     After TensorFlow Federated's ``tff.learning.robust_aggregator``, which clips at the 0.8-quantile of norms, estimated
     over the rounds before (Andrew et al., "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021, arXiv
     1905.03871, without its noise), and zeroes values beyond a multiple of the 0.98-quantile. A round by itself has no
     history: its quantile is safe only while fewer than 1 − quantile of the clients are hostile, hence the median here,
-    which stands up to just under a half. Pass ``norm`` to carry a bound over rounds. Clipping bounds what one client
+    which stands up to just under a half. :meth:`after` carries a bound over rounds. Clipping bounds what one client
     can do; it does not find one that points the wrong way at an ordinary length.
     """
 
@@ -43,10 +56,7 @@ class Clip(Rule):
 
     def judge(self, gram: Tensor, weights: Tensor) -> Judgement:
         norms = norms_of(gram)
-        bound = self.norm
-        if bound is None:
-            bound = lower_quantile(norms[norms > 0], self.quantile) if bool((norms > 0).any()) else math.inf
-        kept = norms <= (math.inf if self.zeroing is None else self.zeroing * bound)
+        bound, kept = self._bound(norms)
         factors = torch.where(norms > bound, bound / norms.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
         what = "‖ΔW‖_F {:.4g} is {} {:.4g}" + (f" ({self.quantile:g}-quantile)" if self.norm is None else "")
         reasons = [
@@ -59,6 +69,35 @@ class Clip(Rule):
         ]
         return Judgement(normalised(weights * kept), torch.where(kept, factors, 0.0), reasons)
 
+    def _bound(self, norms: Tensor) -> tuple[float, Tensor]:
+        """τ, and who is kept (K,): fewer clients have a lower quantile, so whoever was rejected stays so."""
+        kept = torch.ones_like(norms, dtype=torch.bool)
+        while True:
+            counted = norms[kept & (norms > 0)]
+            bound = self.norm or (lower_quantile(counted, self.quantile) if len(counted) else math.inf)
+            left = norms <= (math.inf if self.zeroing is None else self.zeroing * bound)
+            if torch.equal(left, kept):
+                return bound, kept
+            kept = left
+
+    def after(self, update: GlobalUpdate) -> Clip:
+        """The rule for the next round: τ of this round, moved towards the quantile of this round's norms.
+
+        τ ← τ·exp(−0.2·(b − ``quantile``)), where b is the share of the clients, without the rejected, with ‖ΔW‖_F ≤ τ
+        (Andrew et al. 2021, equation 1). The first round has its own quantile for τ. A bound that is carried moves by
+        less than a quarter a round, whatever hostile clients send. ``update``: one that this rule has judged.
+
+        Raises ``OptionError`` for an update without verdicts.
+        """
+        if not update.verdicts:
+            raise OptionError("clip: this update has no verdicts to learn a bound from; aggregate it with defence=clip")
+        norms = torch.tensor([verdict.norm for verdict in update.verdicts], dtype=torch.float64)
+        bound, kept = self._bound(norms)
+        if not math.isfinite(bound):  # nobody has trained yet
+            return self
+        below = float((norms[kept] <= bound).double().mean())
+        return dataclasses.replace(self, norm=bound * math.exp(-_RATE * (below - self.quantile)))
+
 
 @dataclass(frozen=True)
 class CentredClipping(Rule):
@@ -68,7 +107,7 @@ class CentredClipping(Rule):
     In coordinates v = Σ a_i·ΔW_i: a ← (1 − Σ w_i·c_i)·a + w∘c, so everything comes from the Gram.
 
     Weights: a/Σa, with one factor Σa ≤ 1 for all: what is missing from 1 is what is left of the start at 0, which
-    vanishes with the iterations.
+    vanishes with the iterations. Weight k equals k copies.
 
     Source: Karimireddy, He, Jaggi, "Learning from History for Byzantine Robust Optimization", ICML 2021 (arXiv
     2012.10333), algorithm 2; there v starts at the aggregate of the last round and takes a few steps. Here it is 0.

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,11 +37,30 @@ class Coordinates(Rule):
 
     def combine(self, X: Tensor, weights: Tensor) -> Tensor:
         """(…) float64 from X (…, K) and weights (K,) float64 that sum to 1."""
-        values, index = X.sort(dim=-1)
         equal = bool((weights == weights[0]).all())  # then no entry needs to know whose it is
-        after = (weights if equal else weights[index]).cumsum(dim=-1)
+        values, index = _sorted(X, places=not equal)
+        after = (weights if index is None else weights[index]).cumsum(dim=-1)
         before = torch.cat([torch.zeros_like(after[..., :1]), after[..., :-1]], dim=-1)
-        return (values.double() * self.coefficients(before, after)).sum(dim=-1)
+        c = self.coefficients(before, after)
+        if equal:  # and the same places count everywhere: neighbours
+            (kept,) = c.nonzero(as_tuple=True)
+            counted = slice(int(kept[0]), int(kept[-1]) + 1)
+            values, c = values[..., counted], c[counted]
+        return (values.double() * c).sum(dim=-1)
+
+
+def _sorted(X: Tensor, places: bool) -> tuple[Tensor, Tensor | None]:
+    """X (…, K) with its last dimension ascending, and where ``places`` asks for them the places in X.
+
+    On a CPU by NumPy, whose sort of rows takes a fortieth of torch's time (6144 × 101 float32: 0.9 ms against 39).
+    """
+    if X.device.type != "cpu":
+        values, index = X.sort(dim=-1)
+        return values, index if places else None
+    if not places:
+        return torch.from_numpy(np.sort(X.numpy(), axis=-1)), None
+    index = torch.from_numpy(np.argsort(X.numpy(), axis=-1))
+    return X.gather(-1, index), index
 
 
 @dataclass(frozen=True)

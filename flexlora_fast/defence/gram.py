@@ -7,13 +7,16 @@ is float64. (B·M, M⁻¹·A) gives the same numbers as (B, A), to rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexlora_fast import threads
 from flexlora_fast.backends import cpu, reference
-from flexlora_fast.lowrank.solve import in_range
+from flexlora_fast.lowrank import plan
+from flexlora_fast.lowrank.solve import RANGE, in_range
 from flexlora_fast.planning import LayerPlan
 from flexlora_fast.precision import full_precision
 from flexlora_fast.stack import Block, Stack
@@ -36,75 +39,94 @@ def gram_of(work: Work) -> Tensor:
     Raises ``AdapterError`` naming client and layer for bad values of clients that are not checked.
     """
     index = {client.name: i for i, client in enumerate(work.clients)}
-    total = torch.zeros(len(index), len(index), dtype=torch.float64)
+    total = np.zeros((len(index), len(index)))
     for layer in work.plans:
         pieces = [read for _, read in work.pieces_of(layer)]
         precise = list[bool]()  # by piece, whether it takes float64
         for i, read in enumerate(pieces):
             rows = _side(work, layer, read(), index)
-            inner, again = _own(work, rows, layer.spec.name, work.settings.method.folds and not layer.folded)
+            inner, again = _own(work, rows, layer)
             precise.append(again)
             _add(total, rows, rows, inner)
             for j in range(i):
                 columns = _side(work, layer, pieces[j](), index)
                 products = _products64 if again or precise[j] else _products
                 _add(total, rows, columns, _summed(*products(rows.stack, columns.stack), rows, columns))
-    return (total + total.mT) / 2  # an entry and its mirror image are summed up in two orders
+    return torch.from_numpy((total + total.T) / 2)  # an entry and its mirror image may be summed up in two orders
 
 
 @dataclass(frozen=True)
 class _Side:
-    """Some clients of one layer: their factors, s (k,), their places in the Gram, and s·bias (k, m)."""
+    """Some clients of one layer: their factors, s (k,), their places in the Gram, and s·bias (k, m) if any."""
 
     clients: list[str]
     stack: Stack
-    scales: Tensor
+    scales: np.ndarray
     places: list[int]
-    bias: Tensor
+    bias: Tensor | None
 
-    @property
+    @cached_property
+    def ranks(self) -> list[int]:
+        return [block.d.numel() for block in self.stack.blocks]
+
+    @cached_property
     def starts(self) -> np.ndarray:
         """The first column of each client."""
-        ranks = [block.d.numel() for block in self.stack.blocks]
-        return np.cumsum([0, *ranks[:-1]])
+        return np.cumsum([0, *self.ranks[:-1]])
 
 
 def _side(work: Work, layer: LayerPlan, piece: Piece, index: dict[str, int]) -> _Side:
     spec = layer.spec
     checked = work.checked(spec, piece)
-    blocks = [Block(c.B, c.A, torch.full((c.rank,), c.scale, dtype=torch.float64)) for c in checked]
-    bias = torch.zeros(len(checked), spec.m, dtype=torch.float64)
-    for i, (c, b) in enumerate(zip(checked, piece.biases, strict=True)):
-        if b is not None:
-            bias[i] = c.scale * b.double().cpu()
-    names, scales = [c.client for c in checked], torch.tensor([c.scale for c in checked], dtype=torch.float64)
+    ones = {rank: torch.ones(rank, dtype=torch.float64) for rank in {c.rank for c in checked}}
+    blocks = [Block(c.B, c.A, ones[c.rank]) for c in checked]  # the scales come in at the end
+    bias = None
+    if any(b is not None for b in piece.biases):
+        bias = torch.zeros(len(checked), spec.m, dtype=torch.float64)
+        for i, (c, b) in enumerate(zip(checked, piece.biases, strict=True)):
+            if b is not None:
+                bias[i] = c.scale * b.double().cpu()
+    names = [c.client for c in checked]
     stack = Stack(blocks, spec.m, spec.n, spec.experts)
-    return _Side(names, stack, scales, [index[name] for name in names], bias)
+    return _Side(names, stack, np.array([c.scale for c in checked]), [index[name] for name in names], bias)
 
 
-def _add(total: Tensor, rows: _Side, columns: _Side, inner: Tensor) -> None:
+def _add(total: np.ndarray, rows: _Side, columns: _Side, inner: np.ndarray) -> None:
     """Add what one layer gives for these clients, (k₁, k₂), and its mirror image where they are others."""
-    inner = inner + rows.bias @ columns.bias.mT
+    if rows.bias is not None and columns.bias is not None:
+        # Not by NumPy, whose BLAS has threads of its own that keep torch's waiting; and on one, so that bits stay.
+        with threads.single():
+            inner = inner + (rows.bias @ columns.bias.mT).numpy()
     total[np.ix_(rows.places, columns.places)] += inner
     if rows is not columns:
-        total[np.ix_(columns.places, rows.places)] += inner.mT
+        total[np.ix_(columns.places, rows.places)] += inner.T
 
 
-def _own(work: Work, side: _Side, name: str, keep: bool) -> tuple[Tensor, bool]:
-    """⟨ΔW_i, ΔW_j⟩ among the clients of a piece, (k, k), and whether it took products in float64.
-
-    ``keep``: whether the layer's solver may want the Grams as well.
+def _own(work: Work, side: _Side, layer: LayerPlan) -> tuple[np.ndarray, bool]:
+    """⟨ΔW_i, ΔW_j⟩ among the clients of a piece, (k, k), and whether it took products in float64. The Grams are kept
+    where the layer's solver will want them.
     """
-    if in_range(side.stack, name):
-        known = _known(work, side, name)
-        left, right = (G.cpu() for G in known or cpu.gram(side.stack))
+    name = layer.spec.name
+    known = _known(work, side, name)
+    left, right = (G.cpu() for G in known or cpu.gram(side.stack))
+    lengths = _lengths(left, right)
+    if lengths is not None or in_range(side.stack, name):
         inner = _summed(left, right, side, side)
-        if not _cancels(left, right, side, inner.diagonal()):
-            if keep and known is None and work.grams is not None and cpu.takes(side.stack) and side.stack.batch == 1:
-                ranks = [block.d.numel() for block in side.stack.blocks]
-                work.grams.keep(name, side.clients, ranks, left, right)
+        if not _cancels(left, right, lengths, side, inner.diagonal()):
+            if known is None and work.grams is not None and _wanted(work, layer, side.stack):
+                work.grams.keep(name, side.clients, side.ranks, left, right)
             return inner, False
     return _summed(*_products64(side.stack, side.stack), side, side), True
+
+
+def _wanted(work: Work, layer: LayerPlan, stack: Stack) -> bool:
+    """Whether the layer will be solved from its Grams, as far as that is known before anybody is rejected."""
+    of = work.settings
+    if layer.folded or not of.method.folds or stack.batch > 1 or not cpu.takes(stack):
+        return False
+    kept = min(layer.rank, stack.R, stack.m, stack.n)
+    shape = plan.Shape(stack.m, stack.n, stack.R, kept, of.tol, 1, of.certificate, stack.sixteen)
+    return (plan.choose(shape) if of.solver == "auto" else of.solver) in ("krylov", "filtered")
 
 
 def _known(work: Work, side: _Side, name: str) -> tuple[Tensor, Tensor] | None:
@@ -112,6 +134,14 @@ def _known(work: Work, side: _Side, name: str) -> tuple[Tensor, Tensor] | None:
     if work.grams is None:
         return None
     return work.grams.known(name, [(c, b.B, b.A) for c, b in zip(side.clients, side.stack.blocks, strict=True)])
+
+
+def _lengths(left: Tensor, right: Tensor) -> np.ndarray | None:
+    """‖b_c‖·‖a_c‖ (b, R) float64 of every column and row, or None where a norm is outside what float32 squares well."""
+    squares = np.stack([G.diagonal(dim1=-2, dim2=-1).numpy() for G in (left, right)]).astype(np.float64)
+    low, high = RANGE
+    # NaN is outside too
+    return np.sqrt(squares[0] * squares[1]) if ((squares > low**2) & (squares < high**2)).all() else None
 
 
 def _products(rows: Stack, columns: Stack) -> tuple[Tensor, Tensor]:
@@ -125,28 +155,38 @@ def _products64(rows: Stack, columns: Stack) -> tuple[Tensor, Tensor]:
     return P.mT @ columns.packed_P(torch.float64), Q @ columns.packed_Q(torch.float64).mT
 
 
-def _cancels(left: Tensor, right: Tensor, side: _Side, squares: Tensor) -> bool:
+def _cancels(left: Tensor, right: Tensor, lengths: np.ndarray | None, side: _Side, squares: np.ndarray) -> bool:
     """Whether ‖ΔW_i‖² (k,) of some client is small beside the terms that it is the sum of."""
+    least = squares / _CANCELLED
+    suspects = np.arange(len(squares))
+    if lengths is not None:  # |⟨b_c, b_d⟩·⟨a_c, a_d⟩| is at most the product of lengths: that settles most at once
+        most = np.square(np.add.reduceat(lengths, side.starts, axis=1)).sum(axis=0)
+        suspects = np.flatnonzero(~(least >= side.scales**2 * most))
     one, two = left.numpy(), right.numpy()
-    stops = [*side.starts[1:].tolist(), side.stack.R]
-    for i, (lo, hi) in enumerate(zip(side.starts.tolist(), stops, strict=True)):
-        terms = np.abs(one[:, lo:hi, lo:hi] * two[:, lo:hi, lo:hi]).sum(dtype=np.float64)
-        if float(squares[i]) < _CANCELLED * float(side.scales[i]) ** 2 * terms:
+    for i in suspects.tolist():
+        own = slice(side.starts[i], side.starts[i] + side.ranks[i])
+        terms = np.abs(one[:, own, own] * two[:, own, own]).sum(dtype=np.float64)
+        if not float(least[i]) >= float(side.scales[i]) ** 2 * terms:
             return True
     return False
 
 
-def _summed(left: Tensor, right: Tensor, rows: _Side, columns: _Side) -> Tensor:
+def _summed(left: Tensor, right: Tensor, rows: _Side, columns: _Side) -> np.ndarray:
     """s_i·s_j·Σ left∘right over the matrices and over each pair of clients' columns, (k₁, k₂) float64.
 
-    By NumPy, whose sums do not depend on the number of threads, in slabs of rows that stay in cache.
+    By NumPy, whose sums do not depend on the number of threads, in slabs of rows that stay in cache. Of one side with
+    itself only what is right of a slab's first client is looked at, and mirrored.
     """
+    same, starts = rows is columns, columns.starts
     result = np.zeros((rows.stack.R, len(columns.places)))
     height = max(1, _ENTRIES // max(1, columns.stack.R))
-    for one, two in zip(left.cpu(), right.cpu(), strict=True):
+    for one, two in zip(left.cpu().numpy(), right.cpu().numpy(), strict=True):
         for lo in range(0, rows.stack.R, height):
-            part = slice(lo, lo + height)
-            product = one[part].numpy().astype(np.float64) * two[part].numpy()
-            result[part] += np.add.reduceat(product, columns.starts, axis=1)
-    inner = torch.from_numpy(np.add.reduceat(result, rows.starts, axis=0))
-    return inner * rows.scales.unsqueeze(1) * columns.scales
+            first = int(np.searchsorted(starts, lo, side="right")) - 1 if same else 0
+            part = slice(lo, lo + height), slice(int(starts[first]), None)
+            product = one[part].astype(np.float64) * two[part]
+            result[part[0], first:] += np.add.reduceat(product, starts[first:] - starts[first], axis=1)
+    inner = np.add.reduceat(result, rows.starts, axis=0)
+    if same:
+        inner = np.triu(inner) + np.triu(inner, 1).T
+    return inner * rows.scales[:, None] * columns.scales

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.defence.base import Judgement, Rule, check_count, check_number, lower_quantile, normalised, norms_of
-from flexlora_fast.defence.clip import distances_to
+from flexlora_fast.defence.base import Judgement, Rule, check_count, check_number, normalised, norms_of
+from flexlora_fast.defence.clip import distances_to, weighted_median
 from flexlora_fast.errors import OptionError
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -22,10 +22,10 @@ class GeometricMedian(Rule):
     """argmin_v Σ w_i·‖ΔW_i − v‖_F by the smoothed Weiszfeld algorithm: β_i = w_i/max(ν, ‖ΔW_i − v‖), v ← Σβ_iΔW_i/Σβ_i.
 
     v = Σ a_i·ΔW_i with a = β/Σβ, so all distances come from the Gram. It starts at the mean. ν is ``smoothing`` times
-    the median norm; below 3e-4 of a norm distances are not resolved. It ends when no share moves by more than 1e-9, or
-    after ``iterations``. Breakdown point: half of the weight.
+    the weighted median norm; below 3e-4 of a norm distances are not resolved. It ends when no share moves by more than
+    1e-9, or after ``iterations``. Breakdown point: half of the weight.
 
-    Weights: a, which sum to 1 by definition.
+    Weights: a, which sum to 1 by definition. Weight k equals k copies.
 
     Source: Pillutla, Kakade, Harchaoui, "Robust Aggregation for Federated Learning" (RFA), IEEE TSP 2022 (arXiv
     1912.13445), algorithm 2; there ν = 1e-6 and three iterations, for a protocol that pays for each.
@@ -43,7 +43,7 @@ class GeometricMedian(Rule):
         norms = norms_of(gram)
         if not bool((norms > 0).any()):
             return Judgement(weights.clone(), torch.ones_like(weights), [""] * len(weights))
-        floor = self.smoothing * lower_quantile(norms[norms > 0], 0.5)
+        floor = self.smoothing * weighted_median(norms[norms > 0], weights[norms > 0])
         a = weights
         for _ in range(self.iterations):
             before, distance = a, distances_to(gram, a)
@@ -62,7 +62,8 @@ class FoolsGold(Rule):
     divided by its largest value first. It is for many colluding copies among clients whose data differ (non-IID), and
     punishes honest clients that agree as well. The source compares sums over rounds; here it is this round alone.
 
-    Weights: w_i·α_i, renormalised, so that the result stays a mean.
+    Weights: w_i·α_i, renormalised, so that the result stays a mean. Cosines know no weights, and k copies are what the
+    rule is against: weight k is not k copies here.
 
     Source: Fung, Yoon, Beschastnikh, "The Limitations of Federated Learning in Sybil Settings", RAID 2020 (arXiv
     1808.04866), algorithm 1 with confidence κ = 1.
@@ -101,6 +102,7 @@ class FLTrust(Rule):
     the same base model, of any rank. All updates get its norm; what points away from it is rejected.
 
     Weights: TS_i·w_i, renormalised as the source does with TS_i (it has no data weights: give equal ones for it).
+    Weight k equals k copies.
 
     Source: Cao et al., "FLTrust: Byzantine-robust Federated Learning via Trust Bootstrapping", NDSS 2021 (arXiv
     2012.13995), equations 2 to 4.

@@ -16,7 +16,8 @@ class Krum(Rule):
     """The one update whose K − f − 2 nearest others are nearest: argmin_i Σ_{j near i} ‖ΔW_i − ΔW_j‖_F².
 
     f is ``byzantine``, how many clients may be hostile, with K ≥ 2f + 3; None takes the most that K clients allow.
-    Distances count clients, not weights: a weight may be what a client says of itself.
+    Distances count clients, as the source does, not weights: a weight may be what a client says of itself, and one
+    that counted as k copies would have them for its nearest neighbours. So weight k is not k copies here.
 
     Weights: the chosen client has all of it.
 
@@ -40,7 +41,7 @@ class MultiKrum(Rule):
 
     ``select``: None takes K − f − 2, the most that the source's bound allows.
 
-    Weights: those of the chosen, renormalised; the others count as absent.
+    Weights: those of the chosen, renormalised; the others count as absent. Whom it chooses does not depend on weights.
 
     Source: Blanchard et al. 2017, section 4; El Mhamdi et al., "The Hidden Vulnerability of Distributed Learning in
     Byzantium", ICML 2018 (arXiv 1802.07927) for the bound on ``select``.

@@ -42,7 +42,7 @@ def finish(
         def solve() -> GlobalUpdate:
             if part_file is None:
                 return finishing.to_memory(mine, frame, budget, progress, team.look)
-            return finishing.to_file(mine, frame, budget, progress, part_file, team.look)
+            return finishing.to_file(mine, frame, budget, progress, part_file, True, team.look)
 
         part = team.run(solve)
         joint = _jointly(team, work, [plan for plan in work.plans if plan.spread], home)

@@ -53,7 +53,7 @@ class Aggregator(aggregator.Aggregator):
     """
 
     def __init__(self, team: Team, *args: Any, shard: str = "auto", **options: Any) -> None:
-        for name in sorted(_ALONE.keys() & options.keys()):
+        for name in sorted(name for name in _ALONE if options.get(name) not in (None, "cpu")):
             raise OptionError(f"{name}= is not for rounds on several ranks: {_ALONE[name]}")
         if shard not in SHARDS:
             raise OptionError(f"shard {shard!r} is not one of {', '.join(map(repr, SHARDS))}")

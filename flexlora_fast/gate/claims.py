@@ -6,7 +6,6 @@ something else than the server asked for.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,12 +14,11 @@ from typing import Any, NoReturn
 from flexlora_fast import config as configs
 from flexlora_fast.admission import facts_of
 from flexlora_fast.config import Config
-from flexlora_fast.errors import AdapterError, RefusedError, UnsupportedAdapterError, shown
+from flexlora_fast.errors import AdapterError, RefusedError, UnsupportedAdapterError, sentence, shown
+from flexlora_fast.gate import strict
 from flexlora_fast.gate.reasons import Reason
 from flexlora_fast.layouts import LayerSpec
 
-_DEEPEST = 12  # PEFT's own nest to 4
-_DIGITS = 30
 _SAME = 1e-6  # relative: alphas go through decimal text
 # What a pattern may be: a name, whole or its last parts, perhaps anchored as ``config.with_ranks`` does it. The
 # alternatives share no first character, so matching is linear.
@@ -37,19 +35,11 @@ def parse(data: bytes, longest: int) -> Config:
     if len(data) > longest:
         _refuse(f"its config has more than the {longest} bytes that the policy takes", f"> {longest} bytes")
     try:
-        document = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-            parse_int=_whole,
-        )
-    except (ValueError, RecursionError) as error:
-        _refuse(f"its config is not strict JSON ({_cut(error)})", type(error).__name__)
+        document = strict.loads(data)
+    except ValueError as error:
+        _refuse(f"its config is not strict JSON ({sentence(error)})", type(error).__name__)
     if not isinstance(document, dict):
         _refuse(f"its config holds a {type(document).__name__}, not an object", type(document).__name__)
-    if _deeper_than(document, _DEEPEST):
-        _refuse(f"its config is nested more than {_DEEPEST} deep", f"> {_DEEPEST} deep")
     kind = document.get("peft_type")
     if kind is not None and kind != "LORA":
         raise RefusedError(
@@ -59,7 +49,7 @@ def parse(data: bytes, longest: int) -> Config:
         config = configs.filled(document)
         configs.check_numbers(config)
     except AdapterError as error:
-        _refuse(f"its config is wrong: {_cut(error)}", _cut(error))
+        _refuse(f"its config is wrong: {sentence(error)}", sentence(error))
     return config
 
 
@@ -78,7 +68,7 @@ def check(
         configs.refuse_unsupported(config)
     except UnsupportedAdapterError as error:
         raise RefusedError(
-            _cut(error), code=Reason.UNSUPPORTED, value=_cut(error), remedy="this round takes plain LoRA"
+            sentence(error), code=Reason.UNSUPPORTED, value=sentence(error), remedy="this round takes plain LoRA"
         ) from None
     check_base(config, agreed)
     paths = {spec.pattern_name for spec in specs.values()}
@@ -152,46 +142,3 @@ def _resolve(config: Config, option: str, paths: Iterable[str]) -> dict[str, Any
 
 def _refuse(what: str, value: object) -> NoReturn:
     raise RefusedError(what, code=Reason.CONFIG, value=value, remedy=_SAVE) from None
-
-
-def _cut(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:299] + "…"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"it has {text}")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:_DIGITS]} is beyond any number")
-    return value
-
-
-def _whole(text: str) -> int:
-    if len(text) > _DIGITS:
-        raise ValueError(f"a number of {len(text)} digits")
-    return int(text)
-
-
-def _deeper_than(document: Any, deepest: int) -> bool:
-    level = [document]
-    for _ in range(deepest):
-        level = [
-            inner
-            for value in level
-            for inner in (value.values() if isinstance(value, dict) else value)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return False
-    return True

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
 
-from flexlora_fast.errors import AdapterError, RefusedError, shown
+from flexlora_fast.errors import AdapterError, RefusedError, sentence, shown
 from flexlora_fast.folder import CONFIG_NAME, WEIGHTS_NAME
 from flexlora_fast.gate.reasons import Reason
 from flexlora_fast.tensorfile import LONGEST_HEADER, BadFileError, Index, LongHeaderError, TensorFile, read_index
@@ -25,6 +25,11 @@ _MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # 
 _CHUNK = 1 << 20
 _SAVE = "save it with peft's save_pretrained"
 _SAFE = "have the client save with save_pretrained(..., safe_serialization=True)"
+
+
+# Where copies go: a folder; a function that makes each new file and returns its descriptor and path; or None for the
+# folder of temporary files, where a copy has no name any more once it is made.
+Spool = str | os.PathLike[str] | Callable[[], tuple[int, str]] | None
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,13 @@ class Upload:
 
 @contextlib.contextmanager
 def opened(source: object, longest_config: int) -> Iterator[Upload]:
-    """The upload at a path (a PEFT folder or a safetensors file), or in ``bytes``.
+    """The upload at a path (a PEFT folder or a safetensors file), or in ``bytes``; an ``Upload`` as it is.
 
     Raises ``RefusedError``: not-found, not-a-file, pickle, config (longer than ``longest_config``), content.
     """
+    if isinstance(source, Upload):
+        yield source
+        return
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
         yield Upload(lambda count, offset: data[offset : offset + count], len(data))
@@ -104,15 +112,14 @@ def _bad_header(first: bytes, error: BadFileError, longest: int) -> RefusedError
             value=length,
             remedy="send the expected tensors alone, without metadata",
         )
-    text = str(error)
-    cut = text if len(text) <= 300 else text[:299] + "…"
-    return RefusedError(f"its weights are not a readable safetensors file: {cut}", code=Reason.HEADER, value=text)
+    text = sentence(error)
+    return RefusedError(f"its weights are not a readable safetensors file: {text}", code=Reason.HEADER, value=text)
 
 
-def copied(upload: Upload, index: Index, spool: str | os.PathLike[str] | None) -> TensorFile:
-    """A private copy in folder ``spool``, which nobody but this user can read, under a name of its own.
+def copied(upload: Upload, index: Index, spool: Spool) -> TensorFile:
+    """A private copy, which nobody but this user can read, under a name of its own (see ``Spool``).
 
-    ``spool=None``: in the folder for temporary files, where it has no name any more once this returns.
+    The upload is read once, in order, from its first byte on, and those bytes are what is written.
 
     Raises ``RefusedError`` (changed) where the copy is not what ``index`` said; ``OSError`` where it cannot be written.
     """
@@ -140,8 +147,10 @@ def copied(upload: Upload, index: Index, spool: str | os.PathLike[str] | None) -
     return file
 
 
-def _new_file(spool: str | os.PathLike[str] | None) -> tuple[int, str]:
+def _new_file(spool: Spool) -> tuple[int, str]:
     """A new, empty file of this user alone; nothing of its name comes from a client."""
+    if callable(spool):
+        return spool()
     if spool is None:
         return tempfile.mkstemp(prefix="flexlora-")
     path = os.path.join(os.fspath(spool), f"{secrets.token_hex(16)}.safetensors")

@@ -9,6 +9,7 @@ import torch
 
 from flexlora_fast import layouts
 from flexlora_fast.errors import RefusedError, shown
+from flexlora_fast.facts import unwrapped
 from flexlora_fast.gate.reasons import Reason
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.skeleton import Form
@@ -23,6 +24,7 @@ class Manifest:
     Args:
         specs: by layer. biases: keys of ``lora_B.bias``, by layer. extras: form of every other tensor, by key.
         ranks: allowed. dtypes: allowed; those of integer extras are those of ``extras``.
+        partial: whether layers may be left out.
     """
 
     def __init__(
@@ -32,11 +34,18 @@ class Manifest:
         extras: Mapping[str, Form],
         ranks: Collection[int],
         dtypes: Collection[torch.dtype],
+        partial: bool = False,
     ) -> None:
         self.specs, self.biases, self.extras, self.ranks, self.dtypes = specs, biases, extras, ranks, dtypes
+        self.partial = partial
         self.layer_of = {key: layer for layer, spec in specs.items() for key in (spec.a_key, spec.b_key)}
         self.layer_of |= {key: layer for layer, key in biases.items()}
         self.names = [*self.layer_of, *extras]
+        # What PEFT makes at one module's place it makes together: the two layers of a MultiheadAttention, and the
+        # parameters of a block of experts, whose names tell only together which is which.
+        self._module_of = {
+            layer: unwrapped(layer) if spec.kind == "moe" else spec.pattern_name for layer, spec in specs.items()
+        }
         self.longest_header = _METADATA + sum(len(json.dumps(name)) + _FIELDS for name in self.names)
         self.longest_data = self._longest_data()
 
@@ -50,7 +59,7 @@ class Manifest:
         )
 
     def ranks_of(self, forms: Mapping[str, Form]) -> dict[str, int]:
-        """The rank of each layer.
+        """The rank of each layer that is there.
 
         Raises ``RefusedError``: unknown-tensor, missing-tensor, shape, rank, dtype.
         """
@@ -62,21 +71,38 @@ class Manifest:
                     value=name,
                     remedy="send what peft.get_peft_model_state_dict(model, save_embedding_layers=False) gives, alone",
                 )
+        layers = self._layers_of(forms)
         for name in self.names:
-            if name not in forms:
+            if name not in forms and self.layer_of.get(name, "") in layers:
                 raise RefusedError(
                     f"tensor {name!r} is missing",
                     code=Reason.MISSING_TENSOR,
                     layer=self.layer_of.get(name),
                     value=name,
-                    remedy=f"send all {len(self.names)} tensors of the adapter",
+                    remedy="send all tensors of each layer"
+                    if self.partial
+                    else f"send all {len(self.names)} tensors of the adapter",
                 )
-        ranks = {layer: self._rank_of(layer, spec, forms) for layer, spec in self.specs.items()}
+        ranks = {layer: self._rank_of(layer, self.specs[layer], forms) for layer in self.specs if layer in layers}
         for name, form in self.extras.items():
             self._check_shape(name, forms[name].shape, form.shape)
         for name, form in forms.items():
             self._check_dtype(name, form.dtype)
         return ranks
+
+    def _layers_of(self, forms: Mapping[str, Form]) -> set[str]:
+        """The layers that must be there, and ``""``, which stands for what belongs to none."""
+        if not self.partial:
+            return {*self.specs, ""}
+        modules = {self._module_of[self.layer_of[name]] for name in forms if name in self.layer_of}
+        if not modules:
+            raise RefusedError(
+                "it has no layer",
+                code=Reason.MISSING_TENSOR,
+                value=f"{len(forms)} tensors",
+                remedy=f"send some of the {len(self.specs)} layers",
+            )
+        return {layer for layer in self.specs if self._module_of[layer] in modules} | {""}
 
     def _rank_of(self, layer: str, spec: LayerSpec, forms: Mapping[str, Form]) -> int:
         first = forms[spec.a_key].shape

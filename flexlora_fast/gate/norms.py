@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +14,12 @@ from flexlora_fast.errors import AdapterError, RefusedError
 from flexlora_fast.gate.reasons import Reason
 from flexlora_fast.methods import Contribution
 from flexlora_fast.methods.averaging import update_norm
+from flexlora_fast.precision import full_precision
 
 _REMEDY = "leave this client out, or have it train again with a lower learning rate"
 
 
+@full_precision()
 def check(adapter: Adapter, client: str, layer_bound: float, bound: float, extra_bound: float) -> None:
     """Raise ``RefusedError`` for values that are not finite (not-finite), or too large (norm).
 
@@ -42,6 +45,10 @@ def _layer(adapter: Adapter, layer: str, client: str, bound: float) -> float:
     """The norm of a layer's update, or a bound of it that is no larger than ``bound``."""
     A, B, bias = adapter.factors_and_bias(layer)
     scale, keys = adapter.scale(layer), adapter.skeleton.keys_of(layer)
+    if bias is None:
+        quick = _quick(A, B, scale)
+        if quick < min(bound, values.SAFE):
+            return quick
     try:
         values.check_layer(A, B, bias, scale, keys=keys, client=client, layer=layer)
     except AdapterError as error:
@@ -60,6 +67,25 @@ def _layer(adapter: Adapter, layer: str, client: str, bound: float) -> float:
     if not norm <= bound:
         raise _beyond("‖s·B·A‖_F", norm, bound, layer)
     return norm
+
+
+def _quick(A: Tensor, B: Tensor, scale: float) -> float:
+    """A bound of |s|·‖B·A‖_F from Grams in float32, close to it for factors that are not all but parallel; below
+    ``values.SAFE`` only where every entry is finite, and ‖A‖ and ‖B‖ are far below what float32 can hold.
+
+    ‖B·A‖_F² = ⟨BᵀB, AAᵀ⟩. In sums of k products float32 is wrong by at most k·2⁻²⁴·Σ|x·y| (Higham, Accuracy and
+    Stability of Numerical Algorithms, §3.1), so the product by 2(m+n)·2⁻²⁴·‖A‖²‖B‖²; twice that, for what the
+    conversion of wider factors rounds. What is too small for float32's squares is at most 2⁻¹²⁶ in each of them.
+    """
+    A, B = A.float(), B.float()
+    # (E, r, r) each; NumPy's calls are several times as quick on arrays as small as these
+    AA, BB = ((X @ X.mT).cpu().numpy().astype(np.float64) for X in (A, B.mT))
+    a, b = np.einsum("eii->e", AA), np.einsum("eii->e", BB)  # ‖A‖² and ‖B‖² of each expert
+    if not a.sum() + b.sum() < values.SAFE:
+        return math.inf
+    sides = A.shape[2] + B.shape[1]
+    wrong = sides * 2.0**-22 * (a @ b) + sides * A.shape[1] * 2.0**-120 * float(a.sum() + b.sum() + 1)
+    return abs(scale) * math.sqrt(max(0.0, float(np.vdot(AA, BB) + wrong)))
 
 
 def _norm(A: Tensor, B: Tensor, scale: float) -> float:

@@ -21,7 +21,7 @@ from flexlora_fast.lowrank.subspace import solve_subspace
 from flexlora_fast.stack import Block, Stack
 
 # Factors whose entries leave this range are rescaled first: their product could overflow or vanish in float32.
-_RANGE = (1e-9, 1e9)
+RANGE = (1e-9, 1e9)
 # And where their products with the coefficients leave this one: the squares of ΔW could.
 _SUMS = (1e-14, 1e14)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -117,7 +117,7 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float, certifica
 
 def in_range(stack: Stack, name: str) -> bool:
     """Whether float32 products of the factors stay in its range. Raises ``AdapterError`` for NaN and infinities."""
-    low, high = _RANGE
+    low, high = RANGE
     factors = [(_largest(block.B), _largest(block.A)) for block in stack.blocks]
     if not all(x <= _FLOAT32_MAX for pair in factors for x in pair):  # an iteration on NaN never ends
         raise AdapterError("a factor holds NaN, Inf or values beyond float32; refuse its client", layer=name)
