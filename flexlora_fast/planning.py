@@ -46,13 +46,13 @@ class Settings:
     room: int = 0
     coordinates: Coordinates | None = None
     private: Mechanism | None = None
-    ranks: int = 1
+    processes: int = 1
     shard: str = "layers"
 
     def __post_init__(self) -> None:
         """``limit`` bounds this machine's memory, ``room`` that in which layers are solved: a GPU's, or the same.
 
-        ``ranks``: processes that make the round together, each with so much memory. ``shard``: what they share out, see
+        ``processes``: those that make the round together, each with so much memory. ``shard``: what they share out, see
         ``distributed``.
         """
         if self.device.type == "cpu":
@@ -208,11 +208,11 @@ def _spread(name: str, having: Sequence[tuple[Skeleton, int]], of: Settings) -> 
     spec, widest = having[0][0].specs[name], max(s.ranks[name] for s, _ in having)
     total_rank = sum(s.ranks[name] * count for s, count in having)
     nbytes = sum(s.layer_bytes[name] * count for s, count in having)
-    share = min(nbytes, math.ceil(nbytes / of.ranks) + max(s.layer_bytes[name] for s, _ in having))
+    share = min(nbytes, math.ceil(nbytes / of.processes) + max(s.layer_bytes[name] for s, _ in having))
     rank = of.rank or widest
     kept = min(rank, total_rank, spec.m, spec.n)
     shape = plan.Shape(spec.m, spec.n, total_rank, kept, of.tol, spec.experts, of.certificate)
-    mine = dataclasses.replace(shape, R=min(total_rank, math.ceil(total_rank / of.ranks) + widest))
+    mine = dataclasses.replace(shape, R=min(total_rank, math.ceil(total_rank / of.processes) + widest))
     piece = memory.piece_bytes(nbytes, total_rank, widest)
     dense = LayerPlan(spec, total_rank, rank, True, piece, memory.scratch_folded(shape, widest), spread="dense")
     solver = "subspace" if of.solver == "subspace" else "factored"
@@ -226,7 +226,7 @@ def _spread(name: str, having: Sequence[tuple[Skeleton, int]], of: Settings) -> 
         least = min(ways, key=lambda layer: _needs(layer, of))
         raise OptionError(
             f"a layer of {spec.m} outputs and {spec.n} inputs with R = {total_rank} needs "
-            f"{memory.show(_needs(least, of))} on each of {of.ranks} ranks, and {_bound(of)}, or start more ranks",
+            f"{memory.show(_needs(least, of))} on each of {of.processes} ranks, and {_bound(of)}, or start more ranks",
             layer=name,
         )
     return fitting[0]

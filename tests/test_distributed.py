@@ -120,7 +120,9 @@ def test_a_file_is_written_by_the_first_rank_alone(tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["alone", "update.safetensors"]
 
 
-@pytest.mark.parametrize("options", [{}, {"solver": "factored"}, {"solver": "subspace"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": "factored", "certificate": "estimate"}, {"solver": "subspace"}], ids=str
+)
 def test_clients_shared_out_give_the_same_to_rounding(options):
     for world in (1, 2) if options else (1, 4):
         found = ranks.values(world, largest_difference, "mixed", {"shard": "clients", **options})

@@ -199,7 +199,7 @@ def test_what_cannot_be_merged():
         with pytest.raises(errors.IncompatibleAdapterError, match=why):
             ff.merge([edge, other])
     private = dataclasses.replace(
-        aggregate(clients[2:]), privacy=ff.privacy.Spent(0.5, 1e-5, 1, 1.0, 1.0, 1.0, 4.0, None)
+        aggregate(clients[2:]), privacy=ff.privacy.Spent(0.5, 1.0, 1.0, 4.0, 1e-5, 3.0, 3.0, 1)
     )
     with pytest.raises(errors.OptionError, match="update 1 is of a private round"):
         ff.merge([edge, private])

@@ -60,6 +60,7 @@ class Aggregator(aggregator.Aggregator):
         here = options.get("memory_limit")
         limit = team.run(lambda: memory.parse_limit(here) // (team.neighbours if here is None else 1))
         options |= {"memory_limit": min(team.gather(limit)), "read": options.get("read", "finish")}
+        options |= {} if team.rank == 0 else {"progress": False}
         self.team, self.shard = team, shard
         team.run(lambda: aggregator.Aggregator.__init__(self, *args, **options))
         room = self.memory_limit if self.device.type == "cpu" else memory.room(self.device, here)
@@ -101,7 +102,9 @@ class Aggregator(aggregator.Aggregator):
     # -- what one process does alone, shared out ---
 
     def _settings(self) -> Settings:
-        return dataclasses.replace(super()._settings(), room=self._room_here, ranks=self.team.size, shard=self.shard)
+        return dataclasses.replace(
+            super()._settings(), room=self._room_here, processes=self.team.size, shard=self.shard
+        )
 
     def _judged(self, grams: KeptGrams) -> tuple[list[Client], list[Verdict]]:
         with self.team.agreed():

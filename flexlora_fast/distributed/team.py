@@ -36,6 +36,8 @@ class Stopped(Exception):
 class Team:
     """The ranks of the default process group. To be made by all of them; to be used in a ``with`` block.
 
+    They trust each other: what is small is pickled.
+
     Args:
         timeout: seconds that a rank may be silent until it counts as lost.
 
