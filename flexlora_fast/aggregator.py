@@ -426,8 +426,8 @@ class Aggregator:
         grams.drop()
         return self._judged(grams)
 
-    def _gram_of(self, work: Work) -> Tensor:
-        return gram_of(work)
+    def _gram_of(self, work: Work, pairs: bool) -> Tensor:
+        return gram_of(work, pairs)
 
     def _check_the_others(self) -> None:
         """Look at all values not seen yet: with one bad client found, the round shall not start once for each."""

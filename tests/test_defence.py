@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -79,6 +80,56 @@ def test_a_layer_in_pieces_has_the_same_gram() -> None:
         torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
     X = defences.vectors(clients)
     np.testing.assert_allclose(two.numpy(), X @ X.T, rtol=0, atol=1e-6 * (X**2).sum(axis=1).max())
+
+
+@pytest.mark.parametrize("solver", ["krylov", "dense"])
+@pytest.mark.parametrize("limit", [1 << 30, 5 << 19])
+def test_norms_alone_are_those_of_the_gram(limit: int, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a client's columns are multiplied with all others, with some, or alone, in one piece or in several."""
+    layers = [rounds.Layer("fc", 40, 30)]
+    clients = [rounds.client(f"c{i:02d}", layers, rank=300, alpha=300) for i in range(9)]
+    clients += [rounds.client(f"d{i:02d}", layers, rank=rank, alpha=8) for i, rank in enumerate((1, 7, 60, 70))]
+    work = work_of(clients, limit=limit)
+    object.__setattr__(work, "settings", dataclasses.replace(work.settings, solver=solver))
+    assert work.plans[0].folded == (limit < 1 << 30)
+    expected = gram_of(work).diagonal()
+    for together in (1, 128, 1 << 20):
+        monkeypatch.setattr(grams, "_TOGETHER", together)
+        found = gram_of(work, pairs=False)
+        assert torch.equal(found, found.diagonal().diag())
+        torch.testing.assert_close(found.diagonal(), expected, rtol=1e-6, atol=0)
+        if cpu.usable("float32"):  # whose sums do not depend on what lies beside
+            torch.testing.assert_close(found.diagonal(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_norms_alone_are_those_of_any_kind_of_layer(model: str) -> None:
+    clients = rounds.typical(model)
+    found = gram_of(work_of(clients), pairs=False).diagonal()
+    np.testing.assert_allclose(found.numpy(), (defences.vectors(clients) ** 2).sum(axis=1), rtol=2e-6)
+
+
+def test_norms_alone_of_cancelling_columns_are_right() -> None:
+    """Each client in products of its own: one that cancels takes float64, beside others that do not."""
+    clients = [rounds.client(f"c{i}", "linear", rank=4, alpha=4) for i in range(3)]
+    clients[1] = clients[1].mapped(lambda _, A, B: (torch.cat([A, -A], dim=1), torch.cat([B, B * (1 + 1e-6)], dim=2)))
+    clients[1] = clients[1].but(config=clients[1].config | {"r": 8, "lora_alpha": 8})
+    found = gram_of(work_of(clients), pairs=False).diagonal().sqrt()
+    np.testing.assert_allclose(found.numpy(), np.linalg.norm(defences.vectors(clients), axis=1), rtol=1e-3)
+
+
+def test_a_rule_of_norms_alone_sees_no_pairs() -> None:
+    class Curious(defence.Clip):
+        name = "curious"
+
+        def judge(self, gram: Tensor, weights: Tensor) -> defence.Judgement:
+            assert torch.equal(gram, gram.diagonal().diag())
+            return super().judge(gram, weights)
+
+    clients = alike(5, rounds.MODELS["linear"])
+    one, two = aggregate(clients, Curious()), aggregate(clients, "clip")
+    assert [v.norm for v in one.verdicts] == [v.norm for v in two.verdicts]
+    assert {name for name, rule in defence.RULES.items() if rule.norms_only} == {"clip"}
 
 
 @pytest.mark.parametrize("entries", [1, 40, 1 << 16])

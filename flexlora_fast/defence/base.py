@@ -59,6 +59,9 @@ class Defence(Protocol):
     Attributes:
         name: what ``defence=`` takes, and reports show.
         reference: an update of the server's own that the rule compares with; None for most.
+
+    With an attribute ``norms_only`` that is true, the rule is given a Gram of which nothing but the diagonal was
+    computed, and the rest is zero: for many clients that costs a small part.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Rule:
 
     name = ""
     reference: Adapter | None = None
+    norms_only = False
 
     def __str__(self) -> str:
         """As ``defence=`` would take it, settings that are not the default included."""

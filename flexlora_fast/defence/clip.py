@@ -46,6 +46,7 @@ class Clip(Rule):
     zeroing: float | None = 10.0
     norm: float | None = None
     name = "clip"
+    norms_only = True
 
     def __post_init__(self) -> None:
         check_number(self.name, "quantile", self.quantile, 0, 1, open_low=True)

@@ -6,6 +6,7 @@ is float64. (B·M, M⁻¹·A) gives the same numbers as (B, A), to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,11 +28,17 @@ _ENTRIES = 1 << 16
 # ‖ΔW_i‖² below this share of the sum of its terms' magnitudes has lost more than two digits to cancellation: factors
 # can be large and their product small. A client could hide behind that error, so such a layer is done in float64.
 _CANCELLED = 1e-2
+# Columns of clients that are multiplied together where only ‖ΔW_i‖ is asked for: enough for full speed, and of the
+# products among them, most of which nobody wants, few beside those with all R.
+_TOGETHER = 128
 
 
 @full_precision()
-def gram_of(work: Work) -> Tensor:
+def gram_of(work: Work, pairs: bool = True) -> Tensor:
     """G_ij = ⟨ΔW_i, ΔW_j⟩ summed over all layers, (K, K) float64, for the clients of ``work`` in their order.
+
+    Without ``pairs`` G_ii alone, the rest zero: (m+n)·Σr_i² flops a layer instead of (m+n)·R², but where the layer's
+    solver will want its Grams.
 
     With the scales s, without weights; a client without a layer counts as zero there; lora_B.bias is an update like
     any. One layer at a time; of one that is folded, two pieces of its clients at a time.
@@ -45,14 +52,19 @@ def gram_of(work: Work) -> Tensor:
         precise = list[bool]()  # by piece, whether it takes float64
         for i, read in enumerate(pieces):
             rows = _side(work, layer, read(), index)
+            if not pairs and not _wanted(work, layer, rows.stack):
+                for part in _parts(rows):
+                    _add(total, part, part, _own(work, part, layer)[0])
+                continue
             inner, again = _own(work, rows, layer)
             precise.append(again)
             _add(total, rows, rows, inner)
-            for j in range(i):
+            for j in range(i if pairs else 0):
                 columns = _side(work, layer, pieces[j](), index)
                 products = _products64 if again or precise[j] else _products
                 _add(total, rows, columns, _summed(*products(rows.stack, columns.stack), rows, columns))
-    return torch.from_numpy((total + total.T) / 2)  # an entry and its mirror image may be summed up in two orders
+    gram = torch.from_numpy((total + total.T) / 2)  # an entry and its mirror image may be summed up in two orders
+    return gram if pairs else gram.diagonal().diag()
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,22 @@ def _side(work: Work, layer: LayerPlan, piece: Piece, index: dict[str, int]) -> 
     names = [c.client for c in checked]
     stack = Stack(blocks, spec.m, spec.n, spec.experts)
     return _Side(names, stack, np.array([c.scale for c in checked]), [index[name] for name in names], bias)
+
+
+def _parts(side: _Side) -> Iterator[_Side]:
+    """The clients of a side, some at a time."""
+    spans, width = list[list[int]](), _TOGETHER
+    for i, rank in enumerate(side.ranks):
+        width += rank
+        if width > _TOGETHER:
+            spans.append([])
+            width = rank
+        spans[-1].append(i)
+    for span in spans:
+        part = slice(span[0], span[-1] + 1)
+        stack = Stack(side.stack.blocks[part], side.stack.m, side.stack.n, side.stack.batch)
+        bias = None if side.bias is None else side.bias[part]
+        yield _Side(side.clients[part], stack, side.scales[part], side.places[part], bias)
 
 
 def _add(total: np.ndarray, rows: _Side, columns: _Side, inner: np.ndarray) -> None:

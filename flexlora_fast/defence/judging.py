@@ -29,7 +29,7 @@ def judge(
     settings: Settings,
     grams: KeptGrams,
     admission: Admission,
-    measure: Callable[[Work], Tensor] = gram_of,
+    measure: Callable[[Work, bool], Tensor] = gram_of,
 ) -> list[Verdict]:
     """Set share and factor of every client, in place, as the rule says; the share of a rejected one is 0.
 
@@ -39,7 +39,7 @@ def judge(
         clients: in canonical order, their shares summing to 1.
         grams: takes what the solvers can use again.
         admission: what the round has settled, which the rule's reference must fit.
-        measure: gives the Gram matrix of the clients of a work.
+        measure: gives the Gram matrix of the clients of a work, or its diagonal alone, as ``gram_of``.
 
     Raises:
         AdapterError: naming a client with bad values; or the reference, where it does not fit.
@@ -48,7 +48,7 @@ def judge(
     for client in clients:
         client.factor = 1.0
     judged = [*clients, *_reference(defence, clients, admission)]
-    gram = measure(Work(judged, settings, grams))
+    gram = measure(Work(judged, settings, grams), not getattr(defence, "norms_only", False))
     for client in clients:
         if not client.checked:
             check_extras(client)

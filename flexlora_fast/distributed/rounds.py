@@ -115,14 +115,14 @@ class Aggregator(aggregator.Aggregator):
             client.share, client.factor = share, factor
         return clients, said[0]
 
-    def _gram_of(self, work: Work) -> Tensor:
+    def _gram_of(self, work: Work, pairs: bool) -> Tensor:
         unseen = [client for client in work.clients if not client.checked]
         share = owned(owners(self.team, work.plans, work.settings), self.team.rank)
 
         def measure() -> Tensor:
             for client in unseen[self.team.rank :: self.team.size]:
                 judging.check_extras(client)
-            return gram_of(dataclasses.replace(work, only=share))
+            return gram_of(dataclasses.replace(work, only=share), pairs)
 
         grams = self.team.gather(self.team.run(measure))
         for client in unseen:
