@@ -113,6 +113,12 @@ class OptionError(FlexLoRAError, ValueError):
     """An unknown method, solver, split or other option."""
 
 
+class DistributedError(FlexLoRAError, RuntimeError):
+    """Ranks that do not agree about their round, or one of them that failed, died or hangs. No rank has a result."""
+
+    code = "distributed"
+
+
 class ProtocolError(FlexLoRAError, ValueError):
     """A plan, message or sum of secure aggregation that is malformed, or comes out of turn."""
 
