@@ -160,7 +160,7 @@ class Log:
 
 
 def let_go(held: Opened) -> None:
-    """Let others lock it, though an error that somebody keeps may keep the descriptor open."""
+    """Let others lock it: an error that somebody keeps, or a forked process, may keep the descriptor open."""
     fcntl.flock(held.descriptor, fcntl.LOCK_UN)
 
 
