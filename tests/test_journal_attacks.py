@@ -191,7 +191,7 @@ def test_no_descriptor_left_does_not_make_uploads_lost(tmp_path: Path) -> None:
 
 # -- interrupts ---
 
-STRIDE = 4
+STRIDE = 7
 PARTS = ("/journal/", "/gate/entrance.py", "/gate/intake.py", "/aggregator.py", "/files.py")
 
 
