@@ -153,7 +153,7 @@ def test_no_descriptor_left_is_not_a_file_that_is_not_there(tmp_path: Path) -> N
     kills.client("a", 3).adapter().save(tmp_path / "a")
     with begin(tmp_path / "r") as round_:
         for name in ("adapter_model.safetensors", "adapter_config.json", "a", "000001.safetensors"):
-            with short(name), pytest.raises(JournalError, match="Too many open files"):
+            with short(name), pytest.raises(JournalError, match=r"Too many open files\); let .* have more"):
                 round_.add(tmp_path / "a", client="a")
         assert not round_.status().refused and not any((tmp_path / "r" / "spool").iterdir())
         round_.add(tmp_path / "a", client="a")

@@ -16,6 +16,7 @@ from typing import Any
 from flexlora_fast.errors import JournalError
 from flexlora_fast.files import replace, sync_folder
 from flexlora_fast.gate import strict
+from flexlora_fast.gate.intake import SHORTAGES
 from flexlora_fast.storage import UPDATE_NAME
 from flexlora_fast.tensorfile import Opened
 
@@ -232,6 +233,8 @@ def remedy(error: OSError) -> str:
         return "make room there, then go on"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "make it writable, then go on"
+    if error.errno in SHORTAGES:
+        return "let this process have more (`ulimit -n`, memory), then go on"
     return "look at the disk, then go on"
 
 
