@@ -53,9 +53,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # the unpickler meets damage with whatever comes: AssertionError, IndexError, TypeError …
+    except Exception as error:
+        # The unpickler meets damage with whatever comes: AssertionError, IndexError, TypeError …
         why = sentence(error) or type(error).__name__
         raise AdapterError(f"{str(path)!r} is not a file of plain tensors ({why}); {_REMEDY}") from error
     if not isinstance(state, Mapping):
