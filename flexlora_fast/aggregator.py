@@ -196,7 +196,8 @@ class Aggregator:
         Raises:
             AdapterError (UnsupportedAdapterError, IncompatibleAdapterError, with a policy RefusedError), WeightError:
             the client is refused, noted in ``refused``, and the round is as if it had never come. OSError: its copy
-            cannot be written (a full disk); the same, but not noted, as it is none of the client's doing.
+            cannot be written (a full disk), or there are no descriptors left; the same, but not noted, as it is none of
+            the client's doing.
 
         Without a policy a folder must stay as it is until the round is finished; an adapter's tensors always must.
 

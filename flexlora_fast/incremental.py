@@ -35,6 +35,7 @@ class _Layer:
     columns: dict[str, range] = field(default_factory=dict)
     versions: dict[str, tuple[int, int]] = field(default_factory=dict)
     total: int = 0
+    live: int = 0  # columns of clients that did not go
     done: int = 0
     done_blocks: int = 0
     left: Tensor = field(default_factory=lambda: torch.empty(0, 0))
@@ -46,6 +47,7 @@ class _Layer:
         self.columns[client] = range(self.total, self.total + rank)
         self.versions[client] = (B._version, A._version)
         self.total += rank
+        self.live += rank
 
     def advance(self) -> None:
         """Compute what the columns since ``done`` add to the Grams."""
@@ -63,10 +65,12 @@ class _Layer:
 
     def forget(self, client: str) -> None:
         """Answer for this client no more. Its columns stay, unused, until they are the larger part."""
-        if self.columns.pop(client, None) is None:
+        columns = self.columns.pop(client, None)
+        if columns is None:
             return
         del self.versions[client]
-        if self.total > 2 * sum(len(columns) for columns in self.columns.values()):
+        self.live -= len(columns)
+        if self.total > 2 * self.live:
             self._compact()
 
     def _compact(self) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
@@ -42,6 +43,16 @@ def test_a_round_that_could_not_be_opened_is_free(tmp_path: Path) -> None:
             kept_errors.append(error)
     assert os.write is real and len(kept_errors) == 1
     Round.open(tmp_path / "r").close()
+
+
+def test_closed_is_free_whoever_has_inherited_the_lock(tmp_path: Path) -> None:
+    """A worker that was forked meanwhile has the same open file, and lives on."""
+    round_ = begin(tmp_path / "r")
+    assert round_._held is not None
+    with subprocess.Popen(["sleep", "60"], pass_fds=[round_._held.descriptor]) as worker:
+        round_.close()
+        Round.open(tmp_path / "r").close()
+        worker.kill()
 
 
 def test_the_place_of_a_lost_upload_is_kept(tmp_path: Path) -> None:
@@ -142,7 +153,7 @@ def test_no_descriptor_left_is_not_a_file_that_is_not_there(tmp_path: Path) -> N
     kills.client("a", 3).adapter().save(tmp_path / "a")
     with begin(tmp_path / "r") as round_:
         for name in ("adapter_model.safetensors", "adapter_config.json", "a", "000001.safetensors"):
-            with short(name), pytest.raises(JournalError, match="Too many open files"):
+            with short(name), pytest.raises(JournalError, match=r"Too many open files\); let .* have more"):
                 round_.add(tmp_path / "a", client="a")
         assert not round_.status().refused and not any((tmp_path / "r" / "spool").iterdir())
         round_.add(tmp_path / "a", client="a")
@@ -180,6 +191,7 @@ def test_no_descriptor_left_does_not_make_uploads_lost(tmp_path: Path) -> None:
 
 # -- interrupts ---
 
+STRIDE = 7
 PARTS = ("/journal/", "/gate/entrance.py", "/gate/intake.py", "/aggregator.py", "/files.py")
 
 
@@ -233,11 +245,8 @@ def test_interrupts_anywhere_cost_nothing(target: str, undisturbed: Any, tmp_pat
                 kills.do(round_, op)
         begin(folder).close()  # clears away the file of a client that was dropped, where that was interrupted
         assert kills.outcome(folder) == undisturbed, n
-        n += STRIDE[target]
-    assert n > 20 * STRIDE[target]
-
-
-STRIDE = {"c2": 11, "nan": 11, "drop gone": 5, "finish": 17}
+        n += STRIDE
+    assert n > 80
 
 
 # -- what replaced uploads leave behind ---

@@ -231,7 +231,8 @@ class RoundPolicy:
             An adapter with the client's tensors, and with the policy's layers, scales and config.
 
         Raises:
-            RefusedError: its ``code`` is one of ``gate.Reason``. OSError: the copy cannot be written.
+            RefusedError: its ``code`` is one of ``gate.Reason``. OSError: the copy cannot be written, or no
+                descriptor is left to open the upload with.
         """
         try:
             self._check_client(client, weight)

@@ -16,6 +16,7 @@ from typing import Any
 from flexlora_fast.errors import JournalError
 from flexlora_fast.files import replace, sync_folder
 from flexlora_fast.gate import strict
+from flexlora_fast.gate.intake import SHORTAGES
 from flexlora_fast.storage import UPDATE_NAME
 from flexlora_fast.tensorfile import Opened
 
@@ -160,7 +161,7 @@ class Log:
 
 
 def let_go(held: Opened) -> None:
-    """Let others lock it, though an error that somebody keeps may keep the descriptor open."""
+    """Let others lock it: an error that somebody keeps, or a forked process, may keep the descriptor open."""
     fcntl.flock(held.descriptor, fcntl.LOCK_UN)
 
 
@@ -232,6 +233,8 @@ def remedy(error: OSError) -> str:
         return "make room there, then go on"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "make it writable, then go on"
+    if error.errno in SHORTAGES:
+        return "let this process have more (`ulimit -n`, memory), then go on"
     return "look at the disk, then go on"
 
 

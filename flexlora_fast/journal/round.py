@@ -257,7 +257,9 @@ class Round:
     def close(self) -> None:
         """Let others open the round. What is acknowledged stays; more than once does no harm."""
         with self._mutex:
-            self._round = self._journal = self._held = None
+            held, self._round, self._journal, self._held = self._held, None, None, None
+            if held is not None:
+                place.let_go(held)
 
     def __enter__(self) -> Round:
         return self
