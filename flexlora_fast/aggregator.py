@@ -84,7 +84,8 @@ class Aggregator:
         defence: against hostile or broken clients: a name of ``defence.RULES`` ("clip" to start with; with settings
             "krum:byzantine=2"), a :class:`~flexlora_fast.defence.Defence`, or None, which trusts all clients. It judges
             the low-rank updates of all layers together, from their Gram matrix: files are read once more for it. What
-            it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones. The rules
+            it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones, and with
+            ``missing="renormalize"`` whoever alone has a layer has all of it, however small its share. The rules
             "median" and "trimmed-mean" take each entry of the dense updates by itself instead, tile by tile, with
             solver "dense" whatever ``solver`` says; they give no verdicts.
         min_clients, min_weight: how many clients of positive weight, and what sum of their weights as given, ``finish``
