@@ -63,9 +63,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{str(path)!r} holds no tensor; {_REMEDY}")
     owners: dict[int, str] = {}
     for name, tensor in state.items():
-        why = _obstacle(name, tensor, owners)
-        if why is not None:
-            raise AdapterError(f"{str(path)!r}: {shown(name)} {why}; {_REMEDY}")
+        obstacle = _obstacle(name, tensor, owners)
+        if obstacle is not None:
+            raise AdapterError(f"{str(path)!r}: {shown(name)} {obstacle}; {_REMEDY}")
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
