@@ -188,6 +188,11 @@ class RoundPolicy:
         """The config that admitted adapters get, but for their ranks and alphas."""
         return dict(self.reference.config)
 
+    @property
+    def names(self) -> list[str]:
+        """The state-dict keys of all tensors that an upload may have."""
+        return list(self._manifest.names)
+
     def scale(self, layer: str, rank: int) -> float:
         """The scale s of a layer at a rank."""
         if callable(self.scale_rule):
