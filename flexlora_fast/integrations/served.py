@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from flexlora_fast.errors import AdapterError, EmptyRoundError, OptionError, RefusedError, WeightError, shown
-from flexlora_fast.gate import RoundPolicy
+from flexlora_fast.gate import Reason, RoundPolicy
 from flexlora_fast.integrations.rounds import Rounds
 from flexlora_fast.integrations.states import checked_rank, upload_of
 from flexlora_fast.truncation import truncated
@@ -82,10 +82,13 @@ class Served:
             if not self._rounds.is_open:
                 self._open()
             try:
+                if not isinstance(client, str):  # None would have the round find a name
+                    what = f"its name is {shown(client)}"
+                    raise RefusedError(what, code=Reason.NAME, value=client, remedy="give a non-empty string")
                 self._rounds.add(self._upload(state), weight, client)
             except (AdapterError, WeightError) as error:
-                error.at(client=client)
-                return self._refuse(client, str(error), error.code)
+                error.at(client=str(client))
+                return self._refuse(str(client), str(error), error.code)
         return None
 
     def refuse(self, client: str, error: AdapterError) -> Refusal:
