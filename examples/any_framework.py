@@ -21,7 +21,7 @@ def aggregate(states: dict[str, dict], ranks: dict[str, int], examples: dict[str
         try:
             adapter = ff.Adapter.from_state_dict(state, CONFIG | {"r": ranks[name]})
             round_.add(adapter, weight=examples[name], client=name)
-        except (ff.AdapterError, ff.WeightError) as error:
+        except (ff.errors.AdapterError, ff.errors.WeightError) as error:
             print(f"refused: {error}")  # names the client, the layer, the value and the remedy
     return round_.finish()
 

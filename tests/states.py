@@ -37,9 +37,9 @@ def delta(found: State, alpha: float = ALPHA) -> dict[str, Tensor]:
     return {a: alpha / len(found[a]) * found[b].double() @ found[a].double() for a, b in pairs.items()}
 
 
-def expected(states: list[State], weights: list[float], rank: int) -> dict[str, Tensor]:
+def expected(states: list[State], weights: list[float], rank: int, alpha: float = ALPHA) -> dict[str, Tensor]:
     """ΔW = Σ w/Σw · s·B·A of each, cut to ``rank`` by a float64 SVD."""
-    deltas, found = [delta(x) for x in states], {}
+    deltas, found = [delta(x, alpha) for x in states], {}
     for key in deltas[0]:
         total = sum(w * d[key] for w, d in zip(weights, deltas, strict=True)) / sum(weights)
         U, S, Vh = torch.linalg.svd(total, full_matrices=False)
@@ -47,8 +47,8 @@ def expected(states: list[State], weights: list[float], rank: int) -> dict[str, 
     return found
 
 
-def check(found: State, want: dict[str, Tensor], tol: float = 1e-5) -> None:
-    for key, have in delta(found).items():
+def check(found: State, want: dict[str, Tensor], tol: float = 1e-5, alpha: float = ALPHA) -> None:
+    for key, have in delta(found, alpha).items():
         assert torch.linalg.norm(have - want[key]) <= tol * torch.linalg.norm(want[key]), key
 
 

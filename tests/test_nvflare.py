@@ -80,7 +80,7 @@ MALFORMED: dict[str, tuple[FLModel, str]] = {
     "more steps than allowed": (result(name="bad", weight=10**9), "weight"),
     "a list of steps": (result(name="bad", weight=[1]), "weight"),
     "a million metrics": (result(name="bad", metrics=dict.fromkeys(range(10**5), 1.0)), "metrics"),
-    "a second one of a site": (result(name="site-2", weight=1), "adapter"),
+    "a second one of a site": (result(name="site-2", weight=1), "incompatible"),
 }
 
 
@@ -219,7 +219,7 @@ def test_the_filter_leaves_what_is_no_model() -> None:
     shareable = DXO(DataKind.METRICS, {"loss": 1.0}).to_shareable()
     assert from_shareable(FlexLoRAFilter(policy(), 2).process(shareable, context("server"))).data == {"loss": 1.0}
     with pytest.raises(AdapterError, match="the policy lists"):
-        FlexLoRAFilter(policy(), 2).process(DXO(DataKind.WEIGHTS, {"x": 1}).to_shareable(), context("server"))
+        FlexLoRAFilter(policy(), 2).process(DXO(DataKind.WEIGHTS, {"x": torch.ones(1)}).to_shareable(), context("server"))
     with pytest.raises(OptionError, match="rank 3"):
         FlexLoRAFilter(policy(), 3)
 
@@ -251,7 +251,7 @@ def test_a_job_written_down_has_the_policy_and_each_sites_rank(tmp_path: Path) -
     )
     set_per_site_config(recipe, {"site-1": {}, "site-2": {}})
     for site, rank in {"site-1": 2, "site-2": 8}.items():
-        recipe.add_client_input_filter(FlexLoRAFilter(policy(), rank), clients=[site])
+        recipe.add_client_input_filter(FlexLoRAFilter(policy(), rank), tasks=["train"], clients=[site])
     recipe.export(str(tmp_path / "jobs"))
     configs = {path.parent.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("config_fed_*.json")}
     aggregator = configs["app_server"]["workflows"][0]["args"]["aggregator"]

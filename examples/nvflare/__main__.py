@@ -43,9 +43,10 @@ def job(options: argparse.Namespace, model: PeftModel, folder: Path) -> FedAvgRe
     """NVFlare's FedAvg with another aggregator, and a filter at each site."""
     initial = folder / "initial"
     model.save_pretrained(initial, save_embedding_layers=False)
-    policy = RoundPolicy.from_model(
+    rules = RoundPolicy.from_model(
         model, ranks=set(RANKS.values()), scale="constant", max_weight=10_000, max_layer_norm=100.0
     )
+    policy = rules.save(folder / "policy.json")
     recipe = FedAvgRecipe(
         name="flexlora",
         model={
@@ -67,7 +68,7 @@ def job(options: argparse.Namespace, model: PeftModel, folder: Path) -> FedAvgRe
         sites[site] = {"train_args": own + (" --hostile" if options.hostile and site == HOSTILE else "")}
     set_per_site_config(recipe, sites)
     for site, rank in RANKS.items():
-        recipe.add_client_input_filter(FlexLoRAFilter(policy, rank), clients=[site])
+        recipe.add_client_input_filter(FlexLoRAFilter(policy, rank), tasks=["train"], clients=[site])
     return recipe
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flexlora_fast.adapter import Adapter
+from flexlora_fast.errors import OptionError
 from flexlora_fast.integrations.served import Served
 from flexlora_fast.integrations.states import at_rank
 from flexlora_fast.update import GlobalUpdate, Refusal
@@ -39,6 +40,9 @@ class FlexLoRAAggregator:
         self, model: Any = None, aggregator_configs: Mapping[str, Any] | None = None, logger: Any = None
     ) -> None:
         given = dict(aggregator_configs or {})
+        missing = [name for name in ("policy", "initial") if name not in given]
+        if missing:
+            raise OptionError(f"aggregator_kwargs has no {missing[0]!r}; give 'policy' and 'initial'")
         self.model, self.aggregator_configs, self.logger = model, aggregator_configs, logger
         self._served = Served(given["policy"], given.get("rank"), given.get("options"))
         initial = Adapter.load(given["initial"]).state_dict()

@@ -6,6 +6,7 @@ the site's own, with the scale kept. What comes back is held against a ``RoundPo
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 import os
@@ -39,6 +40,8 @@ from flexlora_fast.update import GlobalUpdate, Refusal
 
 Policy = RoundPolicy | Mapping[str, Any] | str | Path
 
+log = logging.getLogger(__name__)
+
 _MOST_METRICS = 10_000  # of one site
 _META = "flexlora"  # key in the meta of the global model
 
@@ -52,8 +55,9 @@ class FlexLoRAAggregator(ModelAggregator):
     scale for their rank; with ``server_expected_format="pytorch"`` bfloat16 factors travel as they are.
 
     Args:
-        policy: what sites may send: a ``RoundPolicy``, its ``to_json`` document, or its file. A site's weight is what
-            its result has under ``weight_key`` in ``FLModel.meta`` (1 without it, as in NVFlare's FedAvg): set
+        policy: what sites may send: a ``RoundPolicy`` or its ``to_json`` document, which the job then holds (NVFlare
+            warns of its names "a_key" and "b_key", which are no secrets), or the path of its file, which must be there
+            wherever the job runs. A site's weight is what its result has under ``weight_key`` in ``FLModel.meta`` (1 without it, as in NVFlare's FedAvg): set
             ``max_weight``.
         rank: of the global model; default: the largest that the policy allows.
         options: what else a round takes (``Aggregator``): ``{"defence": "clip", "min_clients": 3}``.
@@ -74,7 +78,7 @@ class FlexLoRAAggregator(ModelAggregator):
     ) -> None:
         super().__init__()
         # NVFlare writes a job down from the attributes that are called as the arguments.
-        self.policy = policy_of(policy).to_json()
+        self.policy = _written(policy)
         self.rank, self.options, self.weight_key = rank, None if options is None else dict(options), weight_key
         self._served = Served(policy, rank, options)
         self._metrics: dict[str, dict[str, float]] = {}
@@ -112,7 +116,9 @@ class FlexLoRAAggregator(ModelAggregator):
         if state is None or self.update is None:
             return FLModel(params_type=ParamsType.DIFF, params={}, meta=meta)
         shares = {client.name: client.weight for client in self.update.clients if client.weight > 0}
-        return FLModel(params_type=ParamsType.FULL, params=state, metrics=self._averaged(shares), meta=meta)
+        metrics = self._averaged(shares)
+        log.info("The sites' own metrics, averaged over those accepted: %s", metrics)
+        return FLModel(params_type=ParamsType.FULL, params=state, metrics=metrics, meta=meta)
 
     def reset_stats(self) -> None:
         """Begin a round."""
@@ -151,7 +157,7 @@ class FlexLoRAAggregator(ModelAggregator):
 
 
 class FlexLoRAFilter(DXOFilter):
-    """``recipe.add_client_input_filter(FlexLoRAFilter(policy, rank=8), clients=["site-1"])``: the global adapter comes
+    """``recipe.add_client_input_filter(FlexLoRAFilter(policy, rank=8), tasks=["train"], clients=["site-1"])``: the global adapter comes
     at this site's rank, and at the scale that goes with it, ready for ``peft.set_peft_model_state_dict``.
 
     It is the same update cut to that rank, exactly: the global model's columns are singular triplets in descending order.
@@ -165,7 +171,7 @@ class FlexLoRAFilter(DXOFilter):
     def __init__(self, policy: Policy, rank: int) -> None:
         super().__init__(supported_data_kinds=[DataKind.WEIGHTS], data_kinds_to_filter=None)
         self._policy_object = policy_of(policy)
-        self.policy, self.rank = self._policy_object.to_json(), rank
+        self.policy, self.rank = _written(policy), rank
         checked_rank(rank, self._policy_object)
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
@@ -194,6 +200,11 @@ class GlobalAdapter(torch.nn.Module):
                     module.add_module(part, torch.nn.Module())
                 module = module.get_submodule(part)
             module.register_buffer(name, tensor)
+
+
+def _written(policy: Policy) -> str | dict[str, Any]:
+    """What a job's JSON has for a policy: the path that was given, else the whole document."""
+    return str(policy) if isinstance(policy, str | Path) else policy_of(policy).to_json()
 
 
 def _numbers(metrics: Any) -> dict[str, float]:

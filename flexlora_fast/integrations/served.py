@@ -60,7 +60,7 @@ class Served:
         self.ranks: dict[str, dict[str, int]] = {}
         self._rounds = Rounds(self.policy, None, dict(options or {}))
         self._lock = threading.Lock()
-        self._number = 0
+        self._number = 1
         self._open()
 
     @property
@@ -118,10 +118,10 @@ class Served:
             made = update if state is not None else None
             self.metrics = _metrics(made, accepted, self.refused) | {"seconds": time.perf_counter() - started}
             log.info("Round %s: %s", self._number, self.metrics)
+            self._number += 1
             return state
 
     def _open(self) -> None:
-        self._number += 1
         self.refused = []
         self._rounds.open(self._number, self.rank)
 
