@@ -1,4 +1,4 @@
-"""FlexLoRA in a framework that has no integration: state dicts in, state dicts out. Put these two functions where it sums.
+"""FlexLoRA in a framework without an integration: state dicts in, state dicts out. Call these functions where it sums.
 
 ``python -m examples.any_framework`` runs a round of three clients of ranks 4, 8 and 16.
 """

@@ -1,4 +1,4 @@
-"""What a server of state dicts holds against its clients: one policy, and states at its ranks, hostile ones among them."""
+"""What a server of state dicts is tested with: one policy, and states at its ranks, hostile ones among them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ EXAMPLES = {"a": 100, "b": 200, "c": 300}
 def state(rank: int, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        f"base_model.model.{layer}.lora_{x}.weight": torch.randn((rank, n) if x == "A" else (m, rank), generator=generator)
+        f"base_model.model.{layer}.lora_{x}.weight": torch.randn(
+            (rank, n) if x == "A" else (m, rank), generator=generator
+        )
         for layer, (m, n) in recipe.SHAPES.items()
         for x in "AB"
     }

@@ -82,7 +82,7 @@ def test_what_is_not_configured_right_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_the_methods_are_those_of_appfls_base_class() -> None:
-    """``BaseAggregator`` of APPFL 1.12: set_client_sample_size(client_id, sample_size), aggregate and get_parameters."""
+    """``BaseAggregator`` of APPFL 1.12: set_client_sample_size, aggregate and get_parameters."""
     assert "appfl" not in sys.modules
     sizes = inspect.signature(FlexLoRAAggregator.set_client_sample_size).parameters
     assert list(sizes) == ["self", "client_id", "sample_size"]

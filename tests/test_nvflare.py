@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 import flexlora_fast as ff
 from flexlora_fast.errors import AdapterError, OptionError
 from flexlora_fast.integrations.nvflare import FlexLoRAAggregator, FlexLoRAFilter, GlobalAdapter
-from tests import rounds, states
+from tests import rounds
 from tests.states import HOSTILE, A, check, expected, policy, state
 
 WEIGHT = "NUM_STEPS_CURRENT_ROUND"
@@ -219,7 +219,9 @@ def test_the_filter_leaves_what_is_no_model() -> None:
     shareable = DXO(DataKind.METRICS, {"loss": 1.0}).to_shareable()
     assert from_shareable(FlexLoRAFilter(policy(), 2).process(shareable, context("server"))).data == {"loss": 1.0}
     with pytest.raises(AdapterError, match="the policy lists"):
-        FlexLoRAFilter(policy(), 2).process(DXO(DataKind.WEIGHTS, {"x": torch.ones(1)}).to_shareable(), context("server"))
+        FlexLoRAFilter(policy(), 2).process(
+            DXO(DataKind.WEIGHTS, {"x": torch.ones(1)}).to_shareable(), context("server")
+        )
     with pytest.raises(OptionError, match="rank 3"):
         FlexLoRAFilter(policy(), 3)
 

@@ -1,6 +1,6 @@
 """FlexLoRA as an aggregator for APPFL (1.12), without depending on it.
 
-APPFL's server takes any object that has its ``BaseAggregator``'s methods: https://appfl.ai (developer guide, aggregators).
+APPFL's server takes any object that has its ``BaseAggregator``'s methods (https://appfl.ai, developer guide).
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """FlexLoRA in NVFlare (2.9): an aggregator for ``FedAvgRecipe``, and a filter that gives each site its own rank.
 
-NVFlare sends all sites one model. Here that is the global adapter at the largest rank, and each site's filter cuts it to
-the site's own, with the scale kept. What comes back is held against a ``RoundPolicy``. Needs ``flexlora_fast[nvflare]``.
+NVFlare sends all sites one model. Here that is the global adapter at the largest rank, and each site's filter cuts it
+to the site's own, with the scale kept. What comes back is held against a ``RoundPolicy``.
+Needs ``flexlora_fast[nvflare]``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import numbers
@@ -57,16 +59,17 @@ class FlexLoRAAggregator(ModelAggregator):
     Args:
         policy: what sites may send: a ``RoundPolicy`` or its ``to_json`` document, which the job then holds (NVFlare
             warns of its names "a_key" and "b_key", which are no secrets), or the path of its file, which must be there
-            wherever the job runs. A site's weight is what its result has under ``weight_key`` in ``FLModel.meta`` (1 without it, as in NVFlare's FedAvg): set
-            ``max_weight``.
+            wherever the job runs. A site's weight is what its result has under ``weight_key`` in ``FLModel.meta`` (1
+            without it, as in NVFlare's FedAvg): set ``max_weight``.
         rank: of the global model; default: the largest that the policy allows.
         options: what else a round takes (``Aggregator``): ``{"defence": "clip", "min_clients": 3}``.
 
     Attributes:
         update: the last round's ``GlobalUpdate``. refused: the round's refusals.
 
-    The global model has in ``metrics`` the averages of the accepted sites' own, by weight (finite numbers alone), and in
-    ``meta["flexlora"]`` the round's numbers: see ``Served.metrics``.
+    The global model has in ``metrics`` the averages of the accepted sites' own, by weight (finite numbers alone), and
+    in ``meta["flexlora"]`` the round's numbers: see ``Served.metrics``. A site whose script raises never comes here:
+    NVFlare ends the run for it, unless its ``FedAvg`` has ``ignore_result_error=True``.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class FlexLoRAAggregator(ModelAggregator):
         return self._served.refused
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
-        """A result as controllers like ScatterAndGather give it: the site is who NVFlare says it is, not who it says."""
+        """A result as controllers like ScatterAndGather give it; NVFlare says whose it is, not the result itself."""
         self.fl_ctx = fl_ctx
         peer = fl_ctx.get_peer_context()
         name = "" if peer is None else peer.get_identity_name()
@@ -132,7 +135,7 @@ class FlexLoRAAggregator(ModelAggregator):
         try:
             if model.params_type != ParamsType.FULL:
                 raise RefusedError(
-                    f"its params_type is {shown(str(model.params_type))}; a difference of factors is no difference of B·A",
+                    f"its params_type is {shown(str(model.params_type))}, and differences of factors give none of B·A",
                     code="params-type",
                     value=model.params_type,
                     remedy="send the factors themselves (params_transfer_type FULL)",
@@ -157,10 +160,11 @@ class FlexLoRAAggregator(ModelAggregator):
 
 
 class FlexLoRAFilter(DXOFilter):
-    """``recipe.add_client_input_filter(FlexLoRAFilter(policy, rank=8), tasks=["train"], clients=["site-1"])``: the global adapter comes
-    at this site's rank, and at the scale that goes with it, ready for ``peft.set_peft_model_state_dict``.
+    """``recipe.add_client_input_filter(FlexLoRAFilter(policy, rank=8), tasks=["train"], clients=["site-1"])``.
 
-    It is the same update cut to that rank, exactly: the global model's columns are singular triplets in descending order.
+    The global adapter comes at this site's rank, and at the scale that goes with it, ready for
+    ``peft.set_peft_model_state_dict``. It is the same update cut to that rank, exactly: the global model's columns are
+    singular triplets in descending order.
 
     Args:
         policy: the server's: a ``RoundPolicy``, its ``to_json`` document, or its file. rank: the site's own.
@@ -185,8 +189,8 @@ class FlexLoRAFilter(DXOFilter):
 class GlobalAdapter(torch.nn.Module):
     """The initial global model: a PEFT adapter folder (at the largest rank), its tensors by their state-dict keys.
 
-    For ``FedAvgRecipe(model={"class_path": "flexlora_fast.integrations.nvflare.GlobalAdapter", "args": {"folder": …}})``:
-    the base model stays with the sites. Raises what ``Adapter.load`` raises.
+    For ``FedAvgRecipe(model={"class_path": "flexlora_fast.integrations.nvflare.GlobalAdapter", "args": {"folder":
+    …}})``: the base model stays with the sites. Raises what ``Adapter.load`` raises.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -216,11 +220,9 @@ def _numbers(metrics: Any) -> dict[str, float]:
         raise RefusedError(what, code="metrics", value=type(metrics).__name__, remedy="send fewer, in a dict")
     found = {}
     for key, value in metrics.items():
-        if isinstance(key, str) and isinstance(value, numbers.Real) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except OverflowError:  # an int beyond float
-                continue
-            if math.isfinite(number):
+        if not isinstance(key, str) or isinstance(value, bool) or not isinstance(value, numbers.Real):
+            continue
+        with contextlib.suppress(OverflowError):  # an int beyond float
+            if math.isfinite(number := float(value)):
                 found[key] = number
     return found

@@ -41,7 +41,7 @@ class Served:
             (‖ΔW‖_F) and energy-kept-rN at each rank N of its clients. ranks: the rank that each client sent last, by
             layer.
 
-    Raises ``OptionError`` for a policy of partial uploads: a layer that nobody sent would be missing from what goes out.
+    Raises ``OptionError`` for a policy of partial uploads: a layer that nobody sent would be missing afterwards.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Served:
         with self._lock:
             self._open()
 
-    def take(self, state: Any, weight: Any, client: str) -> Refusal | None:
+    def take(self, state: Any, weight: Any, client: Any) -> Refusal | None:
         """One client's state dict into the round, or why not. What it holds never raises.
 
         Raises ``OSError`` where this server's own disk fails.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def test_three_rounds_of_mixed_ranks_with_a_hostile_site(dtype: str, tmp_path: P
     after = re.search(r"^after:  test loss ([\d.]+)", output, re.MULTILINE)
     assert after is not None and len(losses) == ROUNDS, output[-3000:]
     losses.append(float(after[1]))
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False)), losses
+    assert all(later < earlier for earlier, later in itertools.pairwise(losses)), losses
     assert len(re.findall(r"Refused \(not-finite\): client 'site-3'", output)) == ROUNDS
     metrics = re.findall(r"Round \d+: (\{'accepted'.*\})", output)
     assert len(metrics) == ROUNDS
