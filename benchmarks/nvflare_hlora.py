@@ -119,16 +119,16 @@ def lines() -> Iterator[str]:
     ]
     yield "# Scales left out: NVFlare's HLoRA example and FlexLoRA on the same state dicts\n"
     layer = LAYERS[0]
-    shape = f"{len(LAYERS)} layers of {layer.m}×{layer.n}"
-    yield f"{PEOPLE} clients of ranks 4, 8 and 16 at alpha {ALPHA}, {shape}, float32, {torch.get_num_threads()} thread(s)."
-    yield "Relative error, in the Frobenius norm, of the update that a client is served: s'·B'·A' against a float64 SVD.\n"
+    shape = f"{len(LAYERS)} layers of {layer.m}×{layer.n}, float32, {torch.get_num_threads()} thread(s)"
+    yield f"{PEOPLE} clients of ranks 4, 8 and 16 at alpha {ALPHA}, {shape}."
+    yield "Relative error, in the Frobenius norm, of what a client is served: s'·B'·A' against a float64 SVD.\n"
     yield markdown(["clients", "r'", "s'", "HLoRA example", "flexlora_fast"], body) + "\n"
     one, other = times(trained())
     yield f"A round takes {seconds(one)} and {seconds(other)} (medians of {RUNS} alternating runs;"
     yield "the second reads, checks and certifies state dicts, the first is its linear algebra alone).\n"
     yield "Where all clients send one and the same ΔW, the sum without scales is Σ w_k/s_k·ΔW, and a client of rank r'"
-    yield "takes it times its s': too large where its rank is low, too small where it is high. The error is made again in"
-    yield "each round."
+    yield "takes it times its s': too large where its rank is low, too small where it is high. The error is made again"
+    yield "in each round."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("before: test loss {:.4f}, accuracy {:.3f}".format(*task.test(model, found)), flush=True)
     with tempfile.TemporaryDirectory(prefix="flexlora-nvflare-") as folder:
         recipe = job(options, model, Path(folder))
-        recipe.execute(SimEnv(clients=list(RANKS), workspace_root=folder))
+        recipe.run(SimEnv(clients=list(RANKS), workspace_root=folder))
         saved = next(Path(folder).rglob("FL_global_model.pt"))
         set_peft_model_state_dict(model, torch.load(saved, weights_only=True)["model"])
     print("after:  test loss {:.4f}, accuracy {:.3f}".format(*task.test(model, found)), flush=True)
