@@ -20,13 +20,12 @@ from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict
-from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.fuel.utils import fobs
 from safetensors.torch import save_file
 
 import flexlora_fast as ff
 from flexlora_fast.errors import AdapterError, OptionError
-from flexlora_fast.integrations.nvflare import FlexLoRAAggregator, FlexLoRAFilter, GlobalAdapter
+from flexlora_fast.integrations.nvflare import FlexLoRAAggregator, FlexLoRAFilter, FlexLoRARecipe, GlobalAdapter
 from tests import rounds
 from tests.states import HOSTILE, A, check, expected, policy, state
 
@@ -252,7 +251,7 @@ def test_a_job_written_down_has_the_policy_and_each_sites_rank(tmp_path: Path) -
     script = tmp_path / "train.py"
     script.write_text("print('train')")
     model = {"class_path": "flexlora_fast.integrations.nvflare.GlobalAdapter", "args": {"folder": str(tmp_path)}}
-    recipe = FedAvgRecipe(
+    recipe = FlexLoRARecipe(
         name="job",
         model=model,
         min_clients=2,
@@ -266,7 +265,9 @@ def test_a_job_written_down_has_the_policy_and_each_sites_rank(tmp_path: Path) -
         recipe.add_client_input_filter(FlexLoRAFilter(policy(), rank), tasks=["train"], clients=[site])
     recipe.export(str(tmp_path / "jobs"))
     configs = {path.parent.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("config_fed_*.json")}
-    aggregator = configs["app_server"]["workflows"][0]["args"]["aggregator"]
+    controller = configs["app_server"]["workflows"][0]["args"]
+    assert controller["ignore_result_error"] is True
+    aggregator = controller["aggregator"]
     assert aggregator["path"].endswith("FlexLoRAAggregator")
     again = FlexLoRAAggregator(**aggregator["args"])
     assert ff.RoundPolicy.from_json(again.policy) == policy()

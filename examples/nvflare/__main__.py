@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.recipe import SimEnv
 from nvflare.recipe.utils import set_per_site_config
 from peft import PeftModel, set_peft_model_state_dict
 
 from examples.flower.flexlora_trec import task
 from flexlora_fast import RoundPolicy
-from flexlora_fast.integrations.nvflare import FlexLoRAAggregator, FlexLoRAFilter
+from flexlora_fast.integrations.nvflare import FlexLoRAAggregator, FlexLoRAFilter, FlexLoRARecipe
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -30,6 +29,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.nvflare", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--hostile", action="store_true", help=f"{HOSTILE} sends NaN")
+    add("--failing", action="store_true", help=f"{HOSTILE} raises")
     add("--bfloat16", action="store_true", help="sites send factors of bfloat16")
     add("--data", type=Path, default=ROOT / ".demo-data", help="folder with the two wheels (default: %(default)s)")
     add("--rounds", type=int, default=3)
@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def job(options: argparse.Namespace, model: PeftModel, folder: Path) -> FedAvgRecipe:
+def job(options: argparse.Namespace, model: PeftModel, folder: Path) -> FlexLoRARecipe:
     """NVFlare's FedAvg with another aggregator, and a filter at each site."""
     initial = folder / "initial"
     model.save_pretrained(initial, save_embedding_layers=False)
@@ -47,7 +47,7 @@ def job(options: argparse.Namespace, model: PeftModel, folder: Path) -> FedAvgRe
         model, ranks=set(RANKS.values()), scale="constant", max_weight=10_000, max_layer_norm=100.0
     )
     policy = rules.save(folder / "policy.json")
-    recipe = FedAvgRecipe(
+    recipe = FlexLoRARecipe(
         name="flexlora",
         model={
             "class_path": "flexlora_fast.integrations.nvflare.GlobalAdapter",
@@ -65,7 +65,9 @@ def job(options: argparse.Namespace, model: PeftModel, folder: Path) -> FedAvgRe
     sites = {}
     for number, (site, rank) in enumerate(RANKS.items()):
         own = f"{given} --rank {rank} --partition {number}"
-        sites[site] = {"train_args": own + (" --hostile" if options.hostile and site == HOSTILE else "")}
+        if site == HOSTILE:
+            own += (" --hostile" if options.hostile else "") + (" --failing" if options.failing else "")
+        sites[site] = {"train_args": own}
     set_per_site_config(recipe, sites)
     for site, rank in RANKS.items():
         recipe.add_client_input_filter(FlexLoRAFilter(policy, rank), tasks=["train"], clients=[site])

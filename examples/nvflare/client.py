@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--dtype", default="float32", help="of the factors that are sent")
     parser.add_argument("--hostile", action="store_true", help="send NaN")
+    parser.add_argument("--failing", action="store_true", help="raise")
     options = parser.parse_args()
 
     model = task.build({"data": options.data, "alpha-over-r": 2}, options.rank)
@@ -28,6 +29,8 @@ def main() -> None:
     flare.init()
     while flare.is_running():
         received = flare.receive()
+        if options.failing:
+            raise RuntimeError("this site fails, as it was asked to")
         set_peft_model_state_dict(model, received.params)
         loss, accuracy = task.test(model, found)
         task.train(model, found, rows, options.steps, seed=received.current_round)

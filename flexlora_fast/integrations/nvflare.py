@@ -1,4 +1,4 @@
-"""FlexLoRA in NVFlare (2.9): an aggregator for ``FedAvgRecipe``, and a filter that gives each site its own rank.
+"""FlexLoRA in NVFlare (2.9): an aggregator for FedAvg recipes, and a filter that gives each site its own rank.
 
 NVFlare sends all sites one model. Here that is the global adapter at the largest rank, and each site's filter cuts it
 to the site's own, with the scale kept. What comes back is held against a ``RoundPolicy``.
@@ -28,6 +28,7 @@ try:
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
     from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
     from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+    from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 except ImportError as error:
     raise ImportError(
         "flexlora_fast.integrations.nvflare needs NVFlare; install it with pip install 'flexlora_fast[nvflare]'"
@@ -49,7 +50,7 @@ _META = "flexlora"  # key in the meta of the global model
 
 
 class FlexLoRAAggregator(ModelAggregator):
-    """``FedAvgRecipe(aggregator=FlexLoRAAggregator(policy), server_expected_format="pytorch", …)``.
+    """``FlexLoRARecipe(aggregator=FlexLoRAAggregator(policy), server_expected_format="pytorch", …)``.
 
     Results are taken in as they arrive, each copied, so that NVFlare's can go. One that is not in order (NaN, a wrong
     shape, a weight above the policy's …) is refused, logged with its code, and left out; the run goes on. So it does,
@@ -69,7 +70,7 @@ class FlexLoRAAggregator(ModelAggregator):
 
     The global model has in ``metrics`` the averages of the accepted sites' own, by weight (finite numbers alone), and
     in ``meta["flexlora"]`` the round's numbers: see ``Served.metrics``. Both go to all sites with it. A site whose
-    script raises never comes here: NVFlare ends the run for it, unless its ``FedAvg`` has ``ignore_result_error=True``.
+    script raises never comes here: see ``FlexLoRARecipe``.
     """
 
     def __init__(
@@ -191,10 +192,21 @@ class FlexLoRAFilter(DXOFilter):
         return DXO(dxo.data_kind, state, dict(dxo.meta))
 
 
+class FlexLoRARecipe(FedAvgRecipe):
+    """NVFlare's ``FedAvgRecipe``, with all its arguments, but a run goes on without sites that fail.
+
+    NVFlare's own ends for one of them, and has no argument for it, as its ``FedAvg`` controller has
+    (``ignore_result_error``). Quorum is the aggregator's: ``FlexLoRAAggregator(policy, options={"min_clients": 2})``.
+    """
+
+    def _get_controller_kwargs(self) -> dict[str, Any]:
+        return {**super()._get_controller_kwargs(), "ignore_result_error": True}
+
+
 class GlobalAdapter(torch.nn.Module):
     """The initial global model: a PEFT adapter folder (at the largest rank), its tensors by their state-dict keys.
 
-    For ``FedAvgRecipe(model={"class_path": "flexlora_fast.integrations.nvflare.GlobalAdapter", "args": {"folder":
+    For ``FlexLoRARecipe(model={"class_path": "flexlora_fast.integrations.nvflare.GlobalAdapter", "args": {"folder":
     …}})``: the base model stays with the sites. Raises what ``Adapter.load`` raises.
     """
 

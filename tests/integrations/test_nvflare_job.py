@@ -50,3 +50,18 @@ def test_three_rounds_of_mixed_ranks_with_a_hostile_site(dtype: str, tmp_path: P
     adapter = ff.Adapter.load(tmp_path)
     assert adapter.rank(adapter.layers[0]) == 16
     adapter.validate_finite()
+
+
+def test_a_site_whose_script_raises_does_not_end_the_run() -> None:
+    small = ["--rounds", str(ROUNDS), "--steps", "2", "--test-questions", "50", "--data", str(DATA)]
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.nvflare", "--failing", *small],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=560,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert len(re.findall(r"Round \d+: \{'accepted': 2, 'refused': 0,", done.stdout)) == ROUNDS, done.stdout[-3000:]
