@@ -133,6 +133,25 @@ def world(folder: Path) -> dict[str, Any]:
 # What README.md leaves to its reader's imagination, by a piece of the block that it is for.
 BEFORE: dict[str, dict[str, str]] = {
     "README.md": {
+        "adapter.load_into(model)": """
+import peft, torch
+from tests.documented import INPUTS, LAYERS, OUTPUTS
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj = torch.nn.Linear(INPUTS, OUTPUTS), torch.nn.Linear(INPUTS, OUTPUTS)
+model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([Net(), Net()])})})
+model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+adapter = update.adapter(rank=8)
+""",
+        "flexlora-fast aggregate uploads/": """
+import json, os, shutil
+shutil.rmtree("round-1")
+os.mkdir("old-adapter")
+torch.save(adapter.state_dict(), "old-adapter/adapter_model.bin")
+with open("old-adapter/adapter_config.json", "w") as file:
+    json.dump(adapter.config, file)
+""",
         "ff.secure.Plan.from_json(text)": "text, message = plan.to_json(), None",
         'ff.Round.open(\n    "rounds/0007"': """
 upload = "clients/01"
