@@ -86,7 +86,7 @@ $(VENV)/.docs: constraints.txt pyproject.toml | $(VENV)/.built
 	@touch $@
 
 docs: venv $(VENV)/.docs  ## The documentation: site/index.html
-	$(BIN)/python -m mkdocs build --strict --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
 
 gpu:  ## Build, measure, check and test on a GPU, without a network, in 8 minutes: benchmarks/results/<its name>
 	$(GPU_PYTHON) -m benchmarks.gpu.gate

@@ -45,9 +45,7 @@ def obey(words: list[str]) -> None:
         case ["flexlora-fast", "doctor"]:  # what it finds is this machine's
             assert command.run("doctor", "--help").exit_code == 0
         case ["flexlora-fast", *arguments]:
-            expanded = [
-                match for x in arguments for match in (sorted(map(str, Path().glob(x))) if "*" in x else [x])
-            ]
+            expanded = [match for x in arguments for match in (sorted(map(str, Path().glob(x))) if "*" in x else [x])]
             result = command.run(*expanded)
             assert result.exit_code == 0, result.output
         case ["make", *targets]:
@@ -67,7 +65,7 @@ def obey(words: list[str]) -> None:
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = documented.world(tmp_path)
-    names["names"].update(names)
+    names["names"].update(names, monkeypatch=monkeypatch)
     names = names["names"]  # the one that functions of the world look names up in
     printed = ""
     for block in documented.blocks(page.read_text(encoding="utf-8")):
@@ -93,7 +91,9 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_no_block_is_passed_over() -> None:
     """A fence of another language, an output that differs and an error that does not come are found."""
-    found = documented.blocks("# A\n```python\nx = 1\n```\n<!-- raises -->\n```python\ny\n```\n<!-- setup\nz = 2\n-->\n")
+    found = documented.blocks(
+        "# A\n```python\nx = 1\n```\n<!-- raises -->\n```python\ny\n```\n<!-- setup\nz = 2\n-->\n"
+    )
     assert [(block.language, block.code, block.line) for block in found] == [
         ("python", "x = 1", 3),
         ("python", "y", 7),
