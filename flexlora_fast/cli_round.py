@@ -62,7 +62,9 @@ def resume(
     ] = False,
     split: Annotated[str, typer.Option(help="Where singular values go: B, balanced (√S in each) or A.")] = "B",
     dtype: Annotated[str, typer.Option(help=f"Of the factors written: {', '.join(DTYPES)}.")] = "keep",
-    memory_limit: Annotated[str | None, typer.Option(metavar="SIZE", help="As for aggregate.")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="As for aggregate; for the same bytes, what the server had.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier round in OUT.")] = False,
     full: Full = False,
     as_json: Json = False,
@@ -80,7 +82,11 @@ def resume(
         if out is not None:
             outputs.check(out, [folder], force)
     with failures(), Round.open(folder, memory_limit=memory_limit) as round_:
-        for client in without or []:
+        left_out = dict.fromkeys(without or [])
+        strangers = sorted(left_out.keys() - {*round_.clients})
+        if strangers:  # before any of the others is dropped, whose upload that removes
+            raise OptionError(f"--without {strangers[0]!r} is not in the round; `round status` tells who is")
+        for client in left_out:
             round_.drop(client, "by the command line")
         for line in without_line or []:
             round_.forgo(line, "by the command line")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,17 +51,21 @@ def convert(source: Path, target: Path) -> Adapter:
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise AdapterError(f"{str(path)!r} is not a file of plain tensors ({sentence(error)}); {_REMEDY}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # The unpickler meets damage with whatever comes: AssertionError, IndexError, TypeError …
+        why = sentence(error) or type(error).__name__
+        raise AdapterError(f"{str(path)!r} is not a file of plain tensors ({why}); {_REMEDY}") from error
     if not isinstance(state, Mapping):
         raise AdapterError(f"{str(path)!r} holds a {type(state).__name__}, not a state dict; {_REMEDY}")
     if not state:
         raise AdapterError(f"{str(path)!r} holds no tensor; {_REMEDY}")
     owners: dict[int, str] = {}
     for name, tensor in state.items():
-        why = _obstacle(name, tensor, owners)
-        if why is not None:
-            raise AdapterError(f"{str(path)!r}: {shown(name)} {why}; {_REMEDY}")
+        obstacle = _obstacle(name, tensor, owners)
+        if obstacle is not None:
+            raise AdapterError(f"{str(path)!r}: {shown(name)} {obstacle}; {_REMEDY}")
     return {name: tensor.detach() for name, tensor in state.items()}
 
 

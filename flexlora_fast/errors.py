@@ -113,6 +113,12 @@ class OptionError(FlexLoRAError, ValueError):
     """An unknown method, solver, split or other option."""
 
 
+class DistributedError(FlexLoRAError, RuntimeError):
+    """Ranks that do not agree about their round, or one of them that failed, died or hangs. No rank has a result."""
+
+    code = "distributed"
+
+
 class ProtocolError(FlexLoRAError, ValueError):
     """A plan, message or sum of secure aggregation that is malformed, or comes out of turn."""
 
@@ -135,7 +141,10 @@ def shown(value: object, longest: int = 100) -> str:
     >>> shown("q_proj"), shown("a" * 50, longest=9)
     ("'q_proj'", "'aaaaaaa…")
     """
-    text = repr(value[: longest + 1] if isinstance(value, str | bytes) else value)
+    try:
+        text = repr(value[: longest + 1] if isinstance(value, str | bytes) else value)
+    except ValueError:  # whole numbers of thousands of digits have no text
+        text = f"<a {type(value).__name__} too long to quote>"
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 

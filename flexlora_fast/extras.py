@@ -52,8 +52,13 @@ def average(key: str, clients: Sequence[Client], rule: Coordinates | None = None
             shares = torch.tensor([client.share / total for client in having], dtype=torch.float64)
             parts = [_values(client, key, start, stop).double().cpu() for client in having]
             mean = rule.combine(torch.stack(parts, dim=-1), shares)
-        flat[start:stop] = (mean if form.dtype.is_floating_point else mean.round()).to(form.dtype)
+        flat[start:stop] = cast(mean, form.dtype)
     return result
+
+
+def cast(mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mean in the dtype of what it is of; whole numbers are rounded."""
+    return (mean if dtype.is_floating_point else mean.round()).to(dtype)
 
 
 def released(key: str, clients: Sequence[Client], release: Release) -> Tensor:

@@ -35,6 +35,7 @@ class _Layer:
     columns: dict[str, range] = field(default_factory=dict)
     versions: dict[str, tuple[int, int]] = field(default_factory=dict)
     total: int = 0
+    live: int = 0  # columns of clients that did not go
     done: int = 0
     done_blocks: int = 0
     left: Tensor = field(default_factory=lambda: torch.empty(0, 0))
@@ -46,6 +47,7 @@ class _Layer:
         self.columns[client] = range(self.total, self.total + rank)
         self.versions[client] = (B._version, A._version)
         self.total += rank
+        self.live += rank
 
     def advance(self) -> None:
         """Compute what the columns since ``done`` add to the Grams."""
@@ -60,6 +62,30 @@ class _Layer:
             G[: self.total, self.done : self.total] = new[0]
             G[self.done : self.total, : self.done] = new[0, : self.done].mT
         self.done, self.done_blocks = self.total, len(self.blocks)
+
+    def forget(self, client: str) -> None:
+        """Answer for this client no more. Its columns stay, unused, until they are the larger part."""
+        columns = self.columns.pop(client, None)
+        if columns is None:
+            return
+        del self.versions[client]
+        self.live -= len(columns)
+        if self.total > 2 * self.live:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Let go of the factors, rows and columns of the clients that went: one may come and go for ever."""
+        live = {columns.start for columns in self.columns.values()}
+        starts = accumulate((block.A.shape[1] for block in self.blocks), initial=0)
+        there = [start in live for start in starts][:-1]
+        self.done_blocks = sum(there[: self.done_blocks])
+        self.blocks = [block for block, stays in zip(self.blocks, there, strict=True) if stays]
+        index = [x for columns in self.columns.values() for x in columns if x < self.done]
+        self.left, self.right = (G[index][:, index] for G in (self.left, self.right))
+        self.done, self.total = len(index), 0
+        for client, columns in self.columns.items():
+            self.columns[client] = range(self.total, self.total + len(columns))
+            self.total += len(columns)
 
     def has(self, client: str, B: Tensor, A: Tensor) -> bool:
         """Whether a client's factors are here, and nobody wrote to them since."""
@@ -156,10 +182,9 @@ class GramTable:
             self.drop()
 
     def forget(self, client: str) -> None:
-        """Answer for this client no more: another of its name may come. Its columns stay, unused."""
+        """Answer for this client no more: another of its name may come."""
         for layer in (self._layers or {}).values():
-            layer.columns.pop(client, None)
-            layer.versions.pop(client, None)
+            layer.forget(client)
 
     def of(self, name: str, factors: Sequence[tuple[str, Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
         """PᵀP and QQᵀ (1, R, R) of a layer for these clients' B and A, in this order; None where not all are here."""

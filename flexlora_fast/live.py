@@ -34,13 +34,12 @@ def snapshot(
     from peft import get_peft_model_state_dict
 
     model, config = _peft_model(model, adapter_name, client)
-    layers = _lora_layers(model, adapter_name)
+    layers = lora_layers(model, adapter_name)
     facts = {layer: _facts(layer, module, layers, client) for layer, module in layers.items()}
     # full embeddings are base weights, not the adapter's; "auto" would send them along
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    ranks = {
-        layer: _parameters(module, adapter_name)[0].shape[0] // facts[layer].experts for layer, module in layers.items()
-    }
+    _check_complete(state, layers, adapter_name, client)
+    ranks = {layer: _rank(module, adapter_name, facts[layer]) for layer, module in layers.items()}
     scales = {layer: float(module.scaling[adapter_name]) for layer, module in layers.items()}
     names = {layer: fact.pattern_name for layer, fact in facts.items()}
     try:
@@ -48,6 +47,31 @@ def snapshot(
     except AdapterError as error:
         raise error.at(client=client) from None
     return {key: _detached(key, value, client) for key, value in state.items()}, config, facts
+
+
+def config(model: Any, adapter_name: str) -> Config:
+    """The config of an adapter, checked to be plain LoRA; a copy."""
+    return _peft_model(model, adapter_name, None)[1]
+
+
+def ranks(model: Any, adapter_name: str) -> dict[str, int]:
+    """The rank that each layer of an adapter has now, by layer name."""
+    model, _ = _peft_model(model, adapter_name, None)
+    layers = lora_layers(model, adapter_name)
+    return {layer: _rank(module, adapter_name, _facts(layer, module, layers, None)) for layer, module in layers.items()}
+
+
+def _check_complete(state: Mapping[str, Any], layers: Mapping[str, Any], adapter_name: str, client: str | None) -> None:
+    """PEFT filters keys by adapter names as text: with adapters "0" and "1" it takes ``layers.1`` for the other one."""
+    there = {layouts.split_key(key)[0] for key in state}
+    for layer in layers:
+        if layer not in there:
+            raise AdapterError(
+                f"PEFT leaves it out of the state dict of adapter {adapter_name!r}, since the name of another adapter "
+                "is also part of the layer's; give the adapters other names",
+                client=client,
+                layer=layer,
+            )
 
 
 def _detached(key: str, value: Any, client: str | None) -> Tensor:
@@ -65,7 +89,7 @@ def load(adapter: Adapter, model: Any, adapter_name: str) -> bool:
     again outside it.
     """
     model, config = _peft_model(model, adapter_name, adapter.client)
-    layers = _lora_layers(model, adapter_name)
+    layers = lora_layers(model, adapter_name)
     facts = {layer: _facts(layer, module, layers, adapter.client) for layer, module in layers.items()}
     _check_layers(adapter, layers, facts, adapter_name)
     extras = _extra_targets(adapter, model, adapter_name)
@@ -83,13 +107,13 @@ def load(adapter: Adapter, model: Any, adapter_name: str) -> bool:
     for layer, module in layers.items():
         alpha = configs.alpha_for(config, names[layer])
         alpha = int(alpha) if alpha.is_integer() else alpha
-        with _mode_of(_parameters(module, adapter_name)[0]):
+        with _mode_of(parameters(module, adapter_name)[0]):
             if layer in resized:
                 _resize(module, adapter_name, ranks[layer], alpha, live_config)
             _write(adapter, layer, module, adapter_name)
             module.r[adapter_name] = ranks[layer]
             module.lora_alpha[adapter_name] = alpha
-            _set_scale(module, adapter_name, scales[layer])
+            set_scale(module, adapter_name, scales[layer])
     for key, target in extras.items():
         with _mode_of(target):
             target.copy_(adapter.extras[key])
@@ -118,7 +142,7 @@ def _peft_model(model: Any, adapter_name: str, client: str | None) -> tuple[Any,
     return model, config
 
 
-def _lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """The LoRA layers that hold the adapter, by layer name, sorted."""
     from peft.tuners.lora import LoraLayer
 
@@ -151,7 +175,7 @@ def _facts(layer: str, module: Any, layers: Mapping[str, Any], client: str | Non
     return LayerFacts(unwrapped(layer), 1, bool(getattr(module, "fan_in_fan_out", False)))
 
 
-def _parameters(module: Any, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def parameters(module: Any, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """The live A, B and bias of B, in the state dict's shapes."""
     if adapter_name in module.lora_embedding_A:
         return module.lora_embedding_A[adapter_name], module.lora_embedding_B[adapter_name], None
@@ -165,7 +189,7 @@ def _stored(adapter: Adapter, layer: str) -> tuple[Tensor, Tensor, Tensor | None
 
 
 def _rank(module: Any, adapter_name: str, fact: LayerFacts) -> int:
-    return _parameters(module, adapter_name)[0].shape[0] // fact.experts
+    return parameters(module, adapter_name)[0].shape[0] // fact.experts
 
 
 # -- checks ---
@@ -195,7 +219,7 @@ def _check_layer(adapter: Adapter, layer: str, module: Any, fact: LayerFacts, ad
     if adapter_name in module.merged_adapters:
         raise AdapterError("this adapter is merged into the base weight; call model.unmerge_adapter() first")
     spec = adapter.spec(layer)
-    a, b, bias = _parameters(module, adapter_name)
+    a, b, bias = parameters(module, adapter_name)
     new_a, new_b, new_bias = _stored(adapter, layer)
     embedding = adapter_name in module.lora_embedding_A
     same = a.shape[1:] == new_a.shape[1:] and (b.shape[0], b.shape[2:]) == (new_b.shape[0], new_b.shape[2:])
@@ -230,7 +254,7 @@ def _check_untied(layers: Mapping[str, Any], resized: list[str], adapter_name: s
     """``ensure_weight_tying`` lets two layers share memory; new parameters would silently part them."""
     seen: dict[int, str] = {}
     for layer, module in layers.items():
-        for parameter in _parameters(module, adapter_name)[:2]:
+        for parameter in parameters(module, adapter_name)[:2]:
             other = seen.setdefault(parameter.untyped_storage().data_ptr(), layer)
             if other != layer and (layer in resized or other in resized):
                 raise UnsupportedAdapterError(
@@ -298,7 +322,7 @@ def _resize(module: Any, adapter_name: str, rank: int, alpha: float, live_config
 
     config = copy.copy(live_config)
     config.init_lora_weights = False  # the values come next; an initialisation may reject the rank or need data
-    old = _parameters(module, adapter_name)[0]
+    old = parameters(module, adapter_name)[0]
     dropout = module.lora_dropout[adapter_name]
     trainable = {name: p.requires_grad for name, p in module.named_parameters()}
     # of a MultiheadAttention only its own factors: its update_layer would also reset out_proj, a layer of its own
@@ -317,12 +341,12 @@ def _resize(module: Any, adapter_name: str, rank: int, alpha: float, live_config
 
 
 def _write(adapter: Adapter, layer: str, module: Any, adapter_name: str) -> None:
-    for parameter, value in zip(_parameters(module, adapter_name), _stored(adapter, layer), strict=True):
+    for parameter, value in zip(parameters(module, adapter_name), _stored(adapter, layer), strict=True):
         if parameter is not None and value is not None:
             parameter.copy_(value)
 
 
-def _set_scale(module: Any, adapter_name: str, scale: float) -> None:
+def set_scale(module: Any, adapter_name: str, scale: float) -> None:
     if isinstance(module.scaling[adapter_name], Tensor):  # as peft's compiled hot-swapping keeps it
         module.scaling[adapter_name].fill_(scale)
     else:

@@ -70,7 +70,6 @@ def aggregate(
     >>> update["fc"].S.shape, update.adapter(rank=2).rank("fc")
     (torch.Size([4]), 2)
     """
-    adapters = list(adapters)
     round_ = Aggregator(
         rank,
         method,
@@ -88,14 +87,25 @@ def aggregate(
         privacy=privacy,
         reference=reference,
     )
+    fill(round_, adapters, weights, clients)
+    return round_.finish(out)
+
+
+def fill(
+    round_: Aggregator,
+    adapters: Iterable[Source],
+    weights: Sequence[float] | Mapping[str, float] | None,
+    clients: Sequence[str] | None,
+) -> None:
+    """Add adapters to a round, as ``aggregate`` takes them."""
+    adapters = list(adapters)
     for option, values in (("weights", weights), ("clients", clients)):
         if values is not None and len(values) != len(adapters):
             raise WeightError(f"{len(values)} {option} for {len(adapters)} adapters; give one for each")
-    for i, adapter in enumerate(track(adapters, "clients", progress)):
+    for i, adapter in enumerate(track(adapters, "clients", round_.progress)):
         name = clients[i] if clients is not None else round_.name_for(adapter)
         if isinstance(weights, Mapping) and name not in weights:
             raise WeightError(f"weights has no entry for it; it has {sorted(weights)[:5]} …", client=name)
         share = 1.0 if weights is None else weights[name] if isinstance(weights, Mapping) else weights[i]
-        with contextlib.suppress(*([] if policy is None else [FlexLoRAError])):  # noted in round_.refused
+        with contextlib.suppress(*([] if round_.policy is None else [FlexLoRAError])):  # noted in round_.refused
             round_.add(adapter, share, client=name)
-    return round_.finish(out)

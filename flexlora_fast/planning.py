@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,9 +46,15 @@ class Settings:
     room: int = 0
     coordinates: Coordinates | None = None
     private: Mechanism | None = None
+    processes: int = 1
+    shard: str = "layers"
 
     def __post_init__(self) -> None:
-        """``limit`` bounds this machine's memory, ``room`` that in which layers are solved: a GPU's, or the same."""
+        """``limit`` bounds this machine's memory, ``room`` that in which layers are solved: a GPU's, or the same.
+
+        ``processes``: those that make the round together, each with so much memory. ``shard``: what they share out, see
+        ``distributed``.
+        """
         if self.device.type == "cpu":
             object.__setattr__(self, "room", self.limit)
 
@@ -60,6 +67,8 @@ class LayerPlan:
     ``folded``: clients come in pieces that are added to a dense ΔW.
     ``solver``: settled already, in private rounds.
     ``held``: bytes of the largest piece as read (of all factors where not folded). ``scratch``: bytes beside it.
+    ``spread``: the solver, "dense" or one on the factors, for which each rank has some of the clients; "" for a layer
+    that one rank solves.
     """
 
     spec: LayerSpec
@@ -70,6 +79,7 @@ class LayerPlan:
     scratch: int
     grouped: bool = False
     solver: str = ""
+    spread: str = ""
 
     @property
     def group(self) -> tuple[int, ...]:
@@ -107,6 +117,8 @@ def plan_layer(name: str, having: Sequence[tuple[Skeleton, int]], of: Settings) 
     rank = of.rank or widest
     if of.coordinates is not None:
         return _by_coordinates(name, having, of, rank, nbytes)
+    if of.shard == "clients":
+        return _spread(name, having, of)
     columns = total_rank if of.method.output == "svd" else widest
     kept = min(rank, columns, spec.m, spec.n)
     shape = plan.Shape(spec.m, spec.n, columns, kept, of.tol, spec.experts, of.certificate)
@@ -122,6 +134,8 @@ def plan_layer(name: str, having: Sequence[tuple[Skeleton, int]], of: Settings) 
         if _needs(folded, of) <= of.room and (solver == "dense" or needs > of.room):
             return folded
         least = min(whole, folded, key=lambda layer: _needs(layer, of))
+    if needs > of.room and of.shard == "auto" and of.method.folds:
+        return _spread(name, having, of)
     if needs > of.room:
         fold = "" if of.method.folds else f" (method {of.method.name!r} takes all clients of a layer at once)"
         raise OptionError(
@@ -181,6 +195,54 @@ def _privately(spec: LayerSpec, having: Sequence[tuple[Skeleton, int]], of: Sett
             layer=spec.name,
         )
     return layer
+
+
+def _spread(name: str, having: Sequence[tuple[Skeleton, int]], of: Settings) -> LayerPlan:
+    """Some of the clients on each rank, which sum up their ΔW, or what their factors make of blocks of vectors."""
+    if not of.method.folds:
+        raise OptionError(
+            f"method {of.method.name!r} takes all clients of a layer at once, so they cannot be on several ranks; "
+            "use shard='layers' or method 'flexlora'",
+            layer=name,
+        )
+    spec, widest = having[0][0].specs[name], max(s.ranks[name] for s, _ in having)
+    total_rank = sum(s.ranks[name] * count for s, count in having)
+    nbytes = sum(s.layer_bytes[name] * count for s, count in having)
+    share = min(nbytes, math.ceil(nbytes / of.processes) + max(s.layer_bytes[name] for s, _ in having))
+    rank = of.rank or widest
+    kept = min(rank, total_rank, spec.m, spec.n)
+    shape = plan.Shape(spec.m, spec.n, total_rank, kept, of.tol, spec.experts, of.certificate)
+    mine = dataclasses.replace(shape, R=min(total_rank, math.ceil(total_rank / of.processes) + widest))
+    piece = memory.piece_bytes(nbytes, total_rank, widest)
+    dense = LayerPlan(spec, total_rank, rank, True, piece, memory.scratch_folded(shape, widest), spread="dense")
+    solver = "subspace" if of.solver == "subspace" else "factored"
+    factored = LayerPlan(spec, total_rank, rank, True, share, memory.scratch(solver, mine), spread=solver)
+    if of.solver in ("factored", "subspace"):
+        ways = [factored]
+    else:  # the others end with a ΔW as well; it is as exact as its float32 sums
+        ways = [dense, factored] if of.solver == "auto" else [dense]
+    fitting = [layer for layer in ways if _needs(layer, of) <= of.room]
+    if not fitting:
+        least = min(ways, key=lambda layer: _needs(layer, of))
+        raise OptionError(
+            f"a layer of {spec.m} outputs and {spec.n} inputs with R = {total_rank} needs "
+            f"{memory.show(_needs(least, of))} on each of {of.processes} ranks, and {_bound(of)}, or start more ranks",
+            layer=name,
+        )
+    return fitting[0]
+
+
+def seconds(layer: LayerPlan, of: Settings) -> float:
+    """What one rank is expected to take for a layer, by the cost model."""
+    spec, c = layer.spec, plan.constants_of(of.device)
+    columns = layer.total_rank if of.method.output == "svd" else layer.rank
+    kept = min(layer.rank, columns, spec.m, spec.n)
+    costs = plan.seconds(plan.Shape(spec.m, spec.n, columns, kept, of.tol, spec.experts, of.certificate), c)
+    if layer.folded or of.coordinates is not None:
+        return costs["dense"]
+    if layer.grouped:
+        return costs["filtered"]
+    return costs[of.solver] if of.solver != "auto" else min(costs.values())
 
 
 def _needs(layer: LayerPlan, of: Settings) -> int:

@@ -72,7 +72,8 @@ class Report:
         mean over experts; effective_rank: see :func:`effective_rank`, None where the spectrum was cut;
         error: ‖ΔW − ΔW_r‖_F and energy_kept: its share of ‖ΔW‖_F², each by rank of interest, None beyond what is
         kept; solver, iterations, excess: how it was solved, with the estimated excess at rank k (0: exact);
-        energy_error: the standard error of ‖ΔW‖_F² where it was estimated (0: computed).
+        energy_error: the standard error of ‖ΔW‖_F² where it was estimated (0: computed); inherited: the part of error
+        that a merged update has from those it was made of.
         Methods that hand out slices of averaged factors can have energy_kept < 0: what is cut off then cancelled.
         """
         return [self._row(self.update[layer]) for layer in self.layers]
@@ -99,6 +100,7 @@ class Report:
             "iterations": layer.iterations,
             "excess": _finite(layer.excess),
             "energy_error": layer.energy_error,
+            "inherited": layer.inherited,
         }
 
     @cached_property
@@ -126,9 +128,8 @@ class Report:
         energy = math.fsum(row["norm"] ** 2 for row in self.rows)
         shares: dict[int, float | None] = {}
         for rank in self.ranks:
-            errors = [row["error"][rank] for row in self.rows]
-            lost = None if None in errors else math.fsum(error**2 for error in errors)
-            shares[rank] = None if lost is None else 1.0 - lost / energy if energy else 1.0
+            known = all(row["error"][rank] is not None for row in self.rows)
+            shares[rank] = self.update.energy_kept(rank) if known else None
         return {"norm": energy**0.5, "energy_kept": shares}
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,13 +181,15 @@ class Report:
         clients = ", private" if self.private else clients
         kept = ", ".join(f"{percent(share)} at rank {rank}" for rank, share in self._columns(self.total["energy_kept"]))
         refused = f" ({len(self.refused)} refused)" if self.refused else ""
+        left_out = math.fsum(row["inherited"] ** 2 for row in self.rows) ** 0.5
+        merged = f" of what the merged updates kept, which left out up to {number(left_out)}" if left_out else ""
         defended = f"; defence {self.update.defence}{tally(self.update.verdicts)}" if self.update.defence else ""
         private = "" if self.update.privacy is None else f"; {self.update.privacy}"
         return (
             f"{count(len(self.rows), 'layer')}{clients}{refused}; "
             f"method {self.update.method}{defended}; solved by {solvers or 'none'} "
             f"({excess}); "
-            f"‖ΔW‖_F {number(self.total['norm'])} in all; energy kept: {kept or '–'}{private}"
+            f"‖ΔW‖_F {number(self.total['norm'])} in all{merged}; energy kept: {kept or '–'}{private}"
         )
 
     def view(self, full: bool | None = None) -> RenderableType:

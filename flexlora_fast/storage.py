@@ -25,7 +25,7 @@ from flexlora_fast.skeleton import Form
 from flexlora_fast.tensorfile import TensorFile, TensorWriter
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
 
-FORMAT = "flexlora_fast.global_update/3"
+FORMAT = "flexlora_fast.global_update/4"
 UPDATE_NAME = "global_update.safetensors"  # in the folder of a round
 _PADDING = "padding"
 # Bytes of the header for the dtype, shape and offsets of one tensor, and for the numbers of one layer; generous.
@@ -70,6 +70,8 @@ def about(update: GlobalUpdate) -> dict[str, Any]:
         "refused": [dataclasses.asdict(refusal) for refusal in update.refused],
         "method": update.method,
         "seed": update.seed,
+        "weight": update.weight,
+        "missing": update.missing,
         "template": update.template,
         "defence": update.defence,
         "verdicts": [dataclasses.asdict(verdict) for verdict in update.verdicts],
@@ -89,8 +91,7 @@ class UpdateWriter:
         room = len(_quoted({**about, "layers": {spec.name: spec.to_json() for spec in specs}})) + 4096
         room += sum(len(_PARTS) * (len(json.dumps(spec.name)) + _ENTRY) + _FACTS for spec in specs)
         room += sum(len(json.dumps(key)) + _ENTRY for key in extras)
-        # Wide elements first, so that each tensor lies at a multiple of its element size.
-        self.extras = sorted(extras, key=lambda key: (-extras[key].dtype.itemsize, key))
+        self.extras = in_order(extras)
         self._about = {**about, "layers": {}}
         self._small: dict[str, Tensor] = {}
         self._writer = TensorWriter(path, room)
@@ -119,6 +120,8 @@ class UpdateWriter:
         for part, tensor in parts.items():
             self._writer.add(f"{part}/{layer.name}", tensor)
         self._small |= {f"S/{layer.name}": f.S, f"energy/{layer.name}": f.energy}
+        if layer.inherited:
+            self._about["layers"][layer.name]["inherited"] = layer.inherited
         if f.energy_error is not None:
             self._small[f"energy_error/{layer.name}"] = f.energy_error
 
@@ -138,6 +141,11 @@ class UpdateWriter:
         for key, tensor in self._small.items():
             self._writer.add(key, tensor)
         self._small = {}
+
+
+def in_order(extras: Mapping[str, Form]) -> list[str]:
+    """Keys of averages as they are written: wide elements first, so that each lies at a multiple of its size."""
+    return sorted(extras, key=lambda key: (-extras[key].dtype.itemsize, key))
 
 
 def _quoted(document: Any) -> str:
@@ -166,8 +174,10 @@ class StoredLayer(LayerUpdate):
     _file: TensorFile
     averaged = property(lambda self: self._averaged())
 
-    def __init__(self, file: TensorFile, f: StoredFactorization, spec: LayerSpec, total_rank: int) -> None:
-        self.__dict__.update(spec=spec, factorization=f, total_rank=total_rank, _file=file)
+    def __init__(
+        self, file: TensorFile, f: StoredFactorization, spec: LayerSpec, total_rank: int, inherited: float
+    ) -> None:
+        self.__dict__.update(spec=spec, factorization=f, total_rank=total_rank, inherited=inherited, _file=file)
         self.__dict__["bias"] = file.get(f"bias/{spec.name}")
 
     def _averaged(self) -> tuple[Tensor, Tensor] | None:
@@ -208,6 +218,8 @@ def _parse(about: dict[str, Any], file: TensorFile) -> GlobalUpdate:
         defence=about["defence"],
         verdicts=[Verdict(**verdict) for verdict in about["verdicts"]],
         privacy=Spent(**about["privacy"]) if "privacy" in about else None,
+        weight=about["weight"],
+        missing=about["missing"],
     )
 
 
@@ -224,7 +236,8 @@ def _load_layer(name: str, facts: dict[str, Any], file: TensorFile, small: Mappi
     for part, shape in shapes.items():
         if file.entry(f"{part}/{name}").shape != shape:
             raise ValueError(f"{part} of layer {name!r} has not shape {shape}")
-    layer = StoredLayer(file, StoredFactorization(file, name, small, facts), spec, facts["total_rank"])
+    f = StoredFactorization(file, name, small, facts)
+    layer = StoredLayer(file, f, spec, facts["total_rank"], facts.get("inherited", 0.0))
     if f"B/{name}" in file:
         file.entry(f"A/{name}")
     return layer

@@ -68,6 +68,8 @@ class LayerUpdate:
         averaged: for methods that average factors (``output = "slice"``), their B̄ (E, m, r) and Ā (E, r, n), whole:
             adapters are then their first columns instead of singular triplets.
         bias: Σ w·s·(lora_B.bias) (m,), where clients train one.
+        inherited: in a merged update, a bound of ‖·‖_F of what the updates it was made of had left out of ΔW. All
+            else here is of what they kept: ``norm`` is within ``inherited`` of ‖ΔW‖_F, and ``error`` has it in it.
     """
 
     spec: LayerSpec
@@ -75,6 +77,7 @@ class LayerUpdate:
     total_rank: int
     averaged: tuple[Tensor, Tensor] | None = None
     bias: Tensor | None = None
+    inherited: float = 0.0
 
     @property
     def name(self) -> str:
@@ -126,12 +129,17 @@ class LayerUpdate:
         return self.factorization.S.shape[1] >= min(self.total_rank, self.spec.m, self.spec.n)
 
     def error(self, rank: int) -> float:
-        """‖ΔW − ΔW_rank‖_F of the adapter of that rank: √(‖ΔW‖_F² − Σ_{j≤rank} σ_j²).
+        """‖ΔW − ΔW_rank‖_F of the adapter of that rank: √(‖ΔW‖_F² − Σ_{j≤rank} σ_j²); of a merged update with
+        ``inherited`` an upper bound of it.
 
         Resolved down to about 1e-8·‖ΔW‖ for exact solvers and 5e-4·‖ΔW‖ for those that iterate in float32; its
         standard error is energy_error / (2·error) where the energy was estimated.
         Raises ``RankError`` beyond what is kept, unless nothing was cut off.
         """
+        return self.cut_off(rank) + self.inherited
+
+    def cut_off(self, rank: int) -> float:
+        """‖·‖_F of what an adapter of that rank leaves out of what is known here: ``error`` but for ``inherited``."""
         self.check_rank(rank, lowest=0)
         if self.averaged:
             return self._slice_error(rank)
@@ -139,8 +147,10 @@ class LayerUpdate:
         return max(0.0, self.energy - kept) ** 0.5
 
     def energy_kept(self, rank: int) -> float:
-        """The share of ‖ΔW‖_F² that an adapter of that rank holds, 0…1 (1 where ΔW is zero)."""
-        return 1.0 - self.error(rank) ** 2 / self.energy if self.energy else 1.0
+        """The share of ‖ΔW‖_F² that an adapter of that rank holds, 0…1 (1 where ΔW is zero); of what was kept of it,
+        where there is something ``inherited``.
+        """
+        return 1.0 - self.cut_off(rank) ** 2 / self.energy if self.energy else 1.0
 
     def check_rank(self, rank: int, lowest: int = 1) -> None:
         if isinstance(rank, bool) or not isinstance(rank, int):
@@ -188,6 +198,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
         seconds: wall time of the parts of the round.
         privacy: what a private round cost. All that is made from its layers and extras may go out; the names, weights,
             ranks and refusals of its clients, and its wall times, which a saved file holds as well, are the server's.
+        weight: the sum of the weights that its clients came with; None where it is not known. missing: as given.
     """
 
     layer_updates: dict[str, LayerUpdate]
@@ -201,6 +212,8 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
     defence: str | None = None
     verdicts: list[Verdict] = field(default_factory=list)
     privacy: Spent | None = None
+    weight: float | None = None
+    missing: str = "zero"
 
     @property
     def layers(self) -> list[str]:
@@ -395,7 +408,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
         Raises ``RankError``, as ``LayerUpdate.error`` and ``adapter`` do, for a rank beyond what one of the layers
         keeps, unless nothing was cut off there: what such a layer would hold is not known.
         """
-        lost = math.fsum(update.error(rank) ** 2 for update in self.values())
+        lost = math.fsum(update.cut_off(rank) ** 2 for update in self.values())
         return 1.0 - lost / self._energy if self._energy else 1.0
 
     def solvers(self) -> Counter[str]:

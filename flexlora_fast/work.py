@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -70,6 +70,8 @@ class Piece:
 class Work:
     """All layers of a round, planned; ``pieces`` reads and ``solve_layer`` solves them.
 
+    ``only``: the layers and extras that are done here, where others do the rest.
+
     Raises ``OptionError`` at once for a layer that does not fit the memory limit in any way.
     """
 
@@ -79,6 +81,7 @@ class Work:
     resident: Resident | None = None
     stored: Stored | None = None
     release: Release | None = None  # of a private round, once it is charged
+    only: frozenset[str] | None = None
     plans: list[LayerPlan] = field(init=False)  # in the order of solving
     groups: list[list[LayerPlan]] = field(init=False)  # the same in runs that are solved together
 
@@ -86,6 +89,8 @@ class Work:
         skeletons = {id(client.adapter.skeleton): client.adapter.skeleton for client in self.clients}
         counts = Counter(id(client.adapter.skeleton) for client in self.clients)
         plans = planning.plans([(skeleton, counts[i]) for i, skeleton in skeletons.items()], self.settings)
+        if self.only is not None:
+            plans = [plan for plan in plans if plan.spec.name in self.only]
         plans.sort(key=lambda plan: (plan.group, plan.spec.name))
         object.__setattr__(self, "plans", plans)
         object.__setattr__(self, "groups", list(together.runs(plans, self.settings)))
@@ -137,9 +142,14 @@ class Work:
                 for layer in group:
                     yield from self.pieces_of(layer)
 
-    def pieces_of(self, layer: LayerPlan) -> Iterator[tuple[int, Callable[[], Piece]]]:
+    def pieces_of(
+        self, layer: LayerPlan, among: Collection[str] | None = None
+    ) -> Iterator[tuple[int, Callable[[], Piece]]]:
+        """Of all clients that have the layer, or of those of them that are ``among`` these names."""
         having = [client for client in self.clients if layer.spec.name in client.adapter.skeleton.specs]
         total = math.fsum(client.share for client in having) if self.settings.missing == "renormalize" else 1.0
+        if among is not None:
+            having = [client for client in having if client.name in among]
         for group, last in _groups(layer, having):
             nbytes = sum(_bytes(client, layer) for client in group if client.adapter.on_disk)
             yield nbytes, partial(_read, layer.spec.name, group, total, last)

@@ -17,7 +17,7 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("sklearn")
 
 import flexlora_fast as ff
-from benchmarks import costs, fresh, gathering, layers, machine, models, planner, rounds, trained
+from benchmarks import costs, fresh, gathering, layers, machine, models, peft_merge, planner, rounds, trained
 from benchmarks.machine import Limits
 from benchmarks.peers import METHODS, OURS, Answer
 from benchmarks.truth import Truth
@@ -300,3 +300,10 @@ def test_gathering_is_measured_against_plain_ways(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 5
     table = gathering.table(rows)
     assert table.count("\n") == 1 + len(rows) and "| plain reads, 2 threads |" in table
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained")
+def test_the_merge_is_measured_beside_pefts() -> None:
+    row = peft_merge.measure(peft_merge.Case("tiny", 40, 30, (2, 3), rslora=True), repeats=1)
+    theirs, ours = map(float, row[3:5])
+    assert ours < 1e-5 < theirs  # PEFT 0.21 forgets rsLoRA's √r

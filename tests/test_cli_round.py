@@ -56,6 +56,14 @@ def test_resume_gives_what_the_server_would_have(left: Path, tmp_path: Path) -> 
     assert "not empty" in run("round", "resume", left, "--out", tmp_path / "out").output
 
 
+def test_nobody_is_left_out_where_one_name_is_wrong(left: Path) -> None:
+    done = run("round", "resume", left, "--without", "a", "--without", "typo")
+    assert done.exit_code == 1 and "'typo' is not in the round" in done.output
+    assert [entry.client for entry in examine(left).clients] == ["a", "b", "c"] and spooled(left, "a").exists()
+    assert run("round", "resume", left, "--without", "a", "--without", "a").exit_code == 0
+    assert [entry.client for entry in examine(left).clients] == ["b", "c"]
+
+
 def test_damage_is_said_and_gone_without(left: Path, tmp_path: Path) -> None:
     os.unlink(spooled(left, "b"))
     data = (left / "manifest.jsonl").read_bytes()

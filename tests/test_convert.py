@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,26 @@ def test_a_file_that_is_no_pickle_of_torch(content: bytes, tmp_path: Path) -> No
     with pytest.raises(AdapterError, match=r"adapter_model\.bin"):
         convert(source, tmp_path / "new")
     assert sorted(x.name for x in tmp_path.iterdir()) == ["old"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_pickle_is_told_as_such(zipped: bool, tmp_path: Path) -> None:
+    """A few bytes of the first thousand are others: the unpickler raises whatever comes."""
+    source = pickled(tmp_path / "old", {})
+    torch.save(rounds.client("a").state_dict(), source / "whole", _use_new_zipfile_serialization=zipped)
+    whole, chance, causes = (source / "whole").read_bytes(), random.Random(0), set[type | None]()
+    for i in range(300):
+        bent = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            bent[chance.randrange(1000)] = chance.choice(b"()]}tRu.qrKJMNsabcde\x80\x85\x86\x87\x88\x94\xff")
+        (source / "adapter_model.bin").write_bytes(bent)
+        try:
+            convert(source, tmp_path / str(i))
+        except AdapterError as error:
+            causes.add(type(error.__cause__))
+    assert {x.name for x in tmp_path.iterdir()} <= {"old", *map(str, range(300))}
+    assert {AssertionError, IndexError, TypeError} & causes
 
 
 def test_which_folders_are_taken(tmp_path: Path) -> None:

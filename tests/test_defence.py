@@ -357,6 +357,20 @@ def test_every_method_and_solver_takes_a_defence(method: str, solver: str) -> No
             checks.assert_best(update, layer, truth, rank, checks.batched(update.delta(layer, rank)))
 
 
+@pytest.mark.parametrize("name", ["geometric-median", "centred-clipping", "clip"])
+@pytest.mark.parametrize("length", [1e6, 1e12, 1e30])
+def test_less_than_half_are_outvoted_however_long_their_updates_are(name: str, length: float) -> None:
+    """A share of 1e-9 of an update that is 1e30 times as long is all there is: shares alone do not tell the end."""
+    clients = [c.but(weight=1.0) for c in alike(7)]
+    truth = defences.vectors(clients[3:]).mean(axis=0)
+    long = [c.mapped(lambda _, A, B: (-length * A.float(), B.float())) for c in clients[:3]]
+    update = aggregate([*long, *clients[3:]], name, rank=30)
+    assert np.linalg.norm(coefficients(update) @ defences.vectors([*long, *clients[3:]]) - truth) <= np.linalg.norm(
+        truth
+    )
+    assert update.norm <= 2 * np.linalg.norm(truth)
+
+
 @pytest.mark.parametrize("name", ["geometric-median", "centred-clipping", "fltrust", "clip:norm=20"])
 def test_weight_k_equals_k_copies(name: str) -> None:
     """Where the docstring says so; rules that count clients are tried below."""

@@ -176,3 +176,11 @@ def test_tied_factors_keep_their_tie() -> None:
         assert torch.equal(model(ids).logits, source(ids).logits)
     other = Adapter.from_peft(trained_adapter(3, 6, model=tiny("Llama", **sizes), **options), client="c4")
     refused(UnsupportedAdapterError, "tied", model, other)
+
+
+def test_an_adapter_that_is_named_like_a_layer() -> None:
+    """PEFT sorts keys by adapter as text, and takes ``layers.1`` for adapter "1": nothing may be lost silently."""
+    model = trained_adapter(1, 2, model=tiny("Llama", **LLAMA), target_modules=["q_proj"])
+    model.add_adapter("1", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match=r"'c4', layer 'model.layers.1.self_attn.q_proj'.*other names"):
+        Adapter.from_peft(model, client="c4")

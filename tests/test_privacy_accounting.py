@@ -144,7 +144,18 @@ def test_processes_that_charge_at_once_lose_nothing(tmp_path: Path) -> None:
         '[{"noise_multiplier": NaN, "rate": 1}]}',
         '{"format": "flexlora_fast.ledger/1", "adjacency": "add-or-remove-one-client", "rounds": '
         '[{"noise_multiplier": 1, "rate": 1.5}]}',
+        '{"format": "flexlora_fast.ledger/1", "adjacency": "add-or-remove-one-client", "rounds": '
+        '[{"noise_multiplier": Infinity, "rate": 1.0}]}',
+        '{"format": "flexlora_fast.ledger/1", "adjacency": "add-or-remove-one-client", "rounds": '
+        '[{"noise_multiplier": 1e999, "rate": 1.0}]}',
+        '{"format": "flexlora_fast.ledger/1", "adjacency": "add-or-remove-one-client", "rounds": '
+        '[{"noise_multiplier": true, "rate": true}]}',
+        '{"format": "flexlora_fast.ledger/1", "adjacency": "add-or-remove-one-client", "rounds": {}}',
+        '{"format": "flexlora_fast.ledger/1", "adjacency": "add-or-remove-one-client", "rounds": '
+        '[{"noise_multiplier": 1.0, "rate": 1.0}], "rounds": []}',
+        "[" * 100_000,
     ],
+    ids=range(17),
 )
 def test_a_damaged_ledger_is_refused_and_left_as_it_is(tmp_path: Path, text: str) -> None:
     path = tmp_path / "ledger.json"
@@ -154,6 +165,36 @@ def test_a_damaged_ledger_is_refused_and_left_as_it_is(tmp_path: Path, text: str
     with pytest.raises(PrivacyError, match="restore it from a backup"):
         Ledger(path).charge(Charge(1.0, 1.0), 1e-6)
     assert path.read_text() == text
+
+
+def test_links_and_working_directories_make_no_second_ledger(tmp_path: Path, monkeypatch) -> None:
+    one = Charge(1.0, 1.0)
+    for folder in ("data", "job"):
+        (tmp_path / folder).mkdir()
+    link = tmp_path / "job" / "ledger.json"
+    link.symlink_to(tmp_path / "data" / "ledger.json")  # which is not there yet
+    Ledger(link).charge(one, 1e-6)
+    assert link.is_symlink() and Ledger(tmp_path / "data" / "ledger.json").charge(one, 1e-6)[1] == 2
+    monkeypatch.chdir(tmp_path / "data")
+    ledger = Ledger("ledger.json")
+    monkeypatch.chdir(tmp_path)
+    assert ledger.charge(one, 1e-6)[1] == len(Ledger(link).rounds) == 3
+
+
+def test_a_ledger_that_loses_rounds_is_not_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    ledger, of = Ledger(path), Charge(1.0, 1.0)
+    ledger.charge(of, 1e-6)
+    before = path.read_text()
+    Ledger(path).charge(Charge(2.0, 1.0), 1e-6)  # by somebody else: seen
+    assert ledger.rounds == [of, Charge(2.0, 1.0)]
+    path.write_text(before)
+    with pytest.raises(PrivacyError, match=r"it has 1 rounds, and not all of the 2 .* restore it from a backup"):
+        ledger.charge(of, 1e-6)
+    path.unlink()
+    with pytest.raises(PrivacyError, match=r"it has 0 rounds, and not all of the 2"):
+        private.aggregator(privacy(ledger=ledger))
+    assert not path.exists()
 
 
 def test_a_round_is_on_disk_before_its_noise_is_drawn(tmp_path: Path, monkeypatch) -> None:

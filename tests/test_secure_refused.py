@@ -172,6 +172,11 @@ def tampered(message: bytes, **changes: Any) -> bytes:
         ({"stage": lambda x: x - 2}, "is of round 0"),
         ({"stage": lambda x: x - 1}, "message of round 1 has not the bases of all layers"),
         ({"stage": lambda x: x.repeat(3)}, "cannot be read"),
+        ({"stage": lambda x: x.double() * torch.inf}, "cannot be read .*its stage is"),
+        ({"stage": lambda x: x + 0.5}, "cannot be read .*its stage is"),
+        ({"plan": lambda x: torch.tensor(1 << 62)}, "cannot be read .*its plan"),  # bytes(1 << 62) would want as many
+        ({"plan": lambda x: x.long()}, "cannot be read .*its plan"),
+        ({"plan": lambda x: x[:5]}, "cannot be read .*its plan"),
         ({"plan": lambda x: x + 1}, "belongs to another plan"),
         ({"basis": lambda x: x[:, :-1]}, r"basis is torch.float32 \(1, 209, 8\)"),
         ({"basis": lambda x: x[:, :, :1].expand(x.shape)}, "not orthonormal"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -119,3 +122,16 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert "round 4: 5 clients, 5 masked vectors of " in told
     assert "by secure aggregation of 5 clients in 4 rounds" in told
+    counts = [int(count) for count in re.findall(r"(\d+) masked vectors", told)]
+    assert len(counts) == 4 and all(a - b != 1 for a, b in pairwise(counts))  # no two sums tell one client's part
+
+
+def test_no_party_answers_twice() -> None:
+    """A server that first calls a client a survivor, and then one that dropped out, would have both its secrets."""
+    parties = {i: secagg.Party(i, 2) for i in (1, 2, 3)}
+    keys = {i: party.advertise() for i, party in parties.items()}
+    letters = {i: party.share(keys) for i, party in parties.items()}
+    parties[1].mask(vectors()[NAMES[0]], {i: letters[i][1] for i in parties})
+    parties[1].unmask([1, 2, 3])
+    with pytest.raises(RuntimeError, match="asked for already"):
+        parties[1].unmask([1, 2])

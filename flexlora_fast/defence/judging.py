@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,12 @@ _SAME = 1e-9
 
 
 def judge(
-    defence: Defence, clients: Sequence[Client], settings: Settings, grams: KeptGrams, admission: Admission
+    defence: Defence,
+    clients: Sequence[Client],
+    settings: Settings,
+    grams: KeptGrams,
+    admission: Admission,
+    measure: Callable[[Work, bool], Tensor] = gram_of,
 ) -> list[Verdict]:
     """Set share and factor of every client, in place, as the rule says; the share of a rejected one is 0.
 
@@ -34,6 +39,7 @@ def judge(
         clients: in canonical order, their shares summing to 1.
         grams: takes what the solvers can use again.
         admission: what the round has settled, which the rule's reference must fit.
+        measure: gives the Gram matrix of the clients of a work, or its diagonal alone, as ``gram_of``.
 
     Raises:
         AdapterError: naming a client with bad values; or the reference, where it does not fit.
@@ -42,10 +48,10 @@ def judge(
     for client in clients:
         client.factor = 1.0
     judged = [*clients, *_reference(defence, clients, admission)]
-    gram = gram_of(Work(judged, settings, grams), pairs=not getattr(defence, "norms_only", False))
+    gram = measure(Work(judged, settings, grams), not getattr(defence, "norms_only", False))
     for client in clients:
         if not client.checked:
-            _check_extras(client)
+            check_extras(client)
     weights = torch.tensor([client.share for client in clients], dtype=torch.float64)
     judgement = defence.judge(gram.clone(), weights.clone())
     _check(judgement, defence, len(clients))
@@ -77,7 +83,8 @@ def _reference(defence: Defence, clients: Sequence[Client], admission: Admission
     return [Client(name, adapter, 1.0, adapter, checked=False)]
 
 
-def _check_extras(client: Client) -> None:
+def check_extras(client: Client) -> None:
+    """Look at what is no low-rank pair. Raises ``AdapterError`` for values that are not finite."""
     for key, tensor in client.adapter.extras.items():
         values.check_finite(tensor, key, client=client.name)
     client.checked = True  # its factors were looked at for the Gram

@@ -21,9 +21,11 @@ _TINY = torch.finfo(torch.float64).tiny
 class GeometricMedian(Rule):
     """argmin_v Σ w_i·‖ΔW_i − v‖_F by the smoothed Weiszfeld algorithm: β_i = w_i/max(ν, ‖ΔW_i − v‖), v ← Σβ_iΔW_i/Σβ_i.
 
-    v = Σ a_i·ΔW_i with a = β/Σβ, so all distances come from the Gram. It starts at the mean. ν is ``smoothing`` times
-    the weighted median norm; below 3e-4 of a norm distances are not resolved. It ends when no share moves by more than
-    1e-9, or after ``iterations``. Breakdown point: half of the weight.
+    v = Σ a_i·ΔW_i with a = β/Σβ, so all distances come from the Gram. It starts at v = 0, where every step is shorter
+    than what honest updates allow: from the mean, updates that are long enough would outlast any number of iterations.
+    ν is ``smoothing`` times the weighted median norm μ; below 3e-4 of a norm distances are not resolved. It ends when
+    no a_i moves by more than 1e-9, nor a_i·‖ΔW_i‖ by more than 1e-9·μ, or after ``iterations``. Breakdown point: half
+    of the weight.
 
     Weights: a, which sum to 1 by definition. Weight k equals k copies.
 
@@ -43,12 +45,14 @@ class GeometricMedian(Rule):
         norms = norms_of(gram)
         if not bool((norms > 0).any()):
             return Judgement(weights.clone(), torch.ones_like(weights), [""] * len(weights))
-        floor = self.smoothing * weighted_median(norms[norms > 0], weights[norms > 0])
-        a = weights
+        usual = weighted_median(norms[norms > 0], weights[norms > 0])
+        # An update that is a million times as long as others moves v by as much more with the same share.
+        lengths = (norms / usual).clamp_min(1)
+        a = torch.zeros_like(weights)
         for _ in range(self.iterations):
             before, distance = a, distances_to(gram, a)
-            a = normalised(weights / distance.clamp_min(floor))
-            if float((a - before).abs().max()) <= 1e-9:
+            a = normalised(weights / distance.clamp_min(self.smoothing * usual))
+            if float(((a - before).abs() * lengths).max()) <= 1e-9:
                 break
         reasons = [f"{distance:.4g} from the geometric median" for distance in distances_to(gram, a).tolist()]
         return Judgement(a, torch.ones_like(a), reasons)

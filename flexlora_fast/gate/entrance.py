@@ -47,7 +47,7 @@ class Entrance:
             if isinstance(source, bytes | Upload):
                 raise AdapterError("bytes do not tell their scales; give the round a policy, or an Adapter")
             return source if isinstance(source, Adapter) else Adapter.load(source, client=client)
-        room = self._quota.room()
+        room = self._quota.room(self._kept(client))
         if isinstance(source, Adapter):
             self.policy.check(source, client=client, weight=weight, room=room)
             adapter = source
@@ -66,6 +66,10 @@ class Entrance:
         if adapter in self._copies:
             self._copies.remove(adapter)
             discard(adapter)
+
+    def _kept(self, client: str) -> list[int]:
+        """Bytes of the weights of others than ``client`` that come, or come again, into places kept for them."""
+        return []
 
     def _counted(self, adapter: Adapter) -> Adapter:
         if self._quota is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import secrets
@@ -23,6 +24,7 @@ _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXE
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"})
 _MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip (torch.save) and pickle protocols
 _CHUNK = 1 << 20
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this machine, whatever a client sent
 _SAVE = "save it with peft's save_pretrained"
 _SAFE = "have the client save with save_pretrained(..., safe_serialization=True)"
 
@@ -136,6 +138,8 @@ def copied(upload: Upload, index: Index, spool: Spool) -> TensorFile:
         try:
             file = TensorFile(path, hold=spool is None)
         except AdapterError as error:
+            if isinstance(error.__cause__, OSError):  # of this machine: the copy is ours
+                raise error.__cause__ from None
             raise _changed("its header became another") from error
         if file.index.digest != index.digest:
             raise _changed("its header became another")
@@ -176,6 +180,8 @@ def _open(name: str | bytes, stack: contextlib.ExitStack, folder: int | None = N
     try:
         descriptor = os.open(name, _FLAGS, dir_fd=folder)
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        if getattr(error, "errno", None) in SHORTAGES:
+            raise
         link = _is_link(name, folder)
         reason = "it is a link" if link else getattr(error, "strerror", None) or str(error)
         raise RefusedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -188,6 +189,11 @@ class RoundPolicy:
         """The config that admitted adapters get, but for their ranks and alphas."""
         return dict(self.reference.config)
 
+    @property
+    def names(self) -> list[str]:
+        """The state-dict keys of all tensors that an upload may have."""
+        return list(self._manifest.names)
+
     def scale(self, layer: str, rank: int) -> float:
         """The scale s of a layer at a rank."""
         if callable(self.scale_rule):
@@ -225,7 +231,8 @@ class RoundPolicy:
             An adapter with the client's tensors, and with the policy's layers, scales and config.
 
         Raises:
-            RefusedError: its ``code`` is one of ``gate.Reason``. OSError: the copy cannot be written.
+            RefusedError: its ``code`` is one of ``gate.Reason``. OSError: the copy cannot be written, or no
+                descriptor is left to open the upload with.
         """
         try:
             self._check_client(client, weight)
@@ -382,6 +389,8 @@ class RoundPolicy:
             raise OptionError(f"partial is {self.partial!r}; give True or False")
         if isinstance(self.client_ranks, Mapping):
             for client, ranks in self.client_ranks.items():
+                if not isinstance(client, str):
+                    raise OptionError(f"client_ranks has {shown(client)}, which is no client's name; give texts")
                 if not isinstance(ranks, Collection) or not ranks or not set(ranks) <= set(self.ranks):
                     raise OptionError(f"client_ranks[{client!r}] is {shown(ranks)}; give some of {shown(self.ranks)}")
         elif not (self.client_ranks is None or callable(self.client_ranks)):
@@ -395,7 +404,8 @@ class RoundPolicy:
 def discard(adapter: Adapter) -> None:
     """Remove the copy that an admitted adapter reads from, if it has one."""
     if isinstance(adapter.tensors, TensorFile):
-        os.unlink(adapter.tensors.path)
+        with contextlib.suppress(FileNotFoundError):  # gone already, which may be why it is to go
+            os.unlink(adapter.tensors.path)
 
 
 def shown_name(client: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import RefusedError
 from flexlora_fast.gate.policy import RoundPolicy
@@ -18,21 +20,23 @@ class Quota:
         self._policy = policy
         self._clients = self._bytes = 0
 
-    def room(self) -> int | None:
+    def room(self, kept: Sequence[int] = ()) -> int | None:
         """Bytes that are left for one client more; None for any number.
+
+        ``kept``: bytes of other clients' weights, for whom a place is kept though they are not here.
 
         Raises ``RefusedError`` (round-full) where no client is.
         """
         most = self._policy.max_clients
-        if most is not None and self._clients >= most:
+        if most is not None and self._clients + len(kept) >= most:
             raise RefusedError(
                 f"the round has its {most} clients",
                 code=Reason.ROUND_FULL,
-                value=self._clients,
+                value=self._clients + len(kept),
                 remedy="take it into the next round, or give the policy another max_clients",
             )
         left = self._policy.max_round_bytes
-        return None if left is None else left - self._bytes
+        return None if left is None else left - self._bytes - sum(kept)
 
     def add(self, adapter: Adapter) -> None:
         """Count a client that was taken."""

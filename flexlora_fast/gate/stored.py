@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -39,8 +38,8 @@ class ScaleTable:
 def to_json(policy: RoundPolicy) -> dict[str, Any]:
     """JSON-able; policies of equal documents admit the same.
 
-    Raises ``OptionError`` for a scale function that gives no finite number, and for a function of ``client_ranks``:
-    it cannot be asked about all clients there may be.
+    Raises ``OptionError`` for a scale function that gives no finite number, for a function of ``client_ranks``, which
+    cannot be asked about all clients there may be, and for what would not be read again, such as a NaN in the config.
     """
     if callable(policy.client_ranks):
         raise OptionError("client_ranks is a function, which no file can hold; give a mapping from client to ranks")
@@ -52,7 +51,7 @@ def to_json(policy: RoundPolicy) -> dict[str, Any]:
             for rank, scale in zip(ranks, scales, strict=True):
                 if not math.isfinite(scale):
                     raise OptionError(f"the scale rule gives {scale} for rank {rank} of layer {layer!r}")
-    return {
+    document = {
         "format": FORMAT,
         "reference": policy.reference.to_json(),
         "ranks": ranks,
@@ -63,6 +62,11 @@ def to_json(policy: RoundPolicy) -> dict[str, Any]:
         "partial": policy.partial,
         **{name: getattr(policy, name) for name in QUOTAS},
     } | {name: _bound(getattr(policy, name)) for name in BOUNDS}
+    try:
+        strict.dumps(document)
+    except ValueError as error:
+        raise OptionError(f"the policy cannot be written down: {error}; give plain, finite values") from None
+    return document
 
 
 def from_json(document: Any) -> tuple[Reference, Rules]:
@@ -101,8 +105,8 @@ def save(policy: RoundPolicy, path: str | os.PathLike[str]) -> Path:
     """Write the file, whole or not at all."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(to_json(policy), indent=1, allow_nan=False)
-    replace(target, lambda to: Path(to).write_text(content + "\n", encoding="utf-8"))
+    content = strict.dumps(to_json(policy))
+    replace(target, lambda to: Path(to).write_bytes(content + b"\n"))
     return target
 
 

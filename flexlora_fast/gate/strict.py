@@ -10,6 +10,16 @@ DEEPEST = 12  # PEFT's configs nest to 4
 _DIGITS = 30
 
 
+def dumps(document: Any) -> bytes:
+    """What ``loads`` reads, and nothing else.
+
+    Raises ``ValueError`` as ``loads`` does, and ``TypeError`` for what JSON does not have.
+    """
+    data = json.dumps(document, indent=1, allow_nan=False).encode("ascii")
+    loads(data)
+    return data
+
+
 def loads(data: bytes) -> Any:
     """The document in ``data``.
 

@@ -21,14 +21,19 @@ class SpoolEntrance(Entrance):
 
     Args:
         new_file: as ``gate.intake.Spool``. commit: of an accepted client's name and weight; returns when all is on
-            disk.
+            disk. lost: bytes of the uploads, but for those of a client, that were acknowledged and are lost: they may
+            come again, so nobody else gets their places.
     """
 
     def __init__(
-        self, policy: RoundPolicy, new_file: Callable[[], tuple[int, str]], commit: Callable[[str, float], None]
+        self,
+        policy: RoundPolicy,
+        new_file: Callable[[], tuple[int, str]],
+        commit: Callable[[str, float], None],
+        lost: Callable[[str], list[int]],
     ) -> None:
         super().__init__(policy, None)
-        self._new_file, self._commit = new_file, commit
+        self._new_file, self._commit, self._kept_for = new_file, commit, lost
 
     def take(self, source: Source, client: str, weight: float) -> Adapter:
         return self._counted(source) if isinstance(source, Adapter) else super().take(source, client, weight)
@@ -37,6 +42,9 @@ class SpoolEntrance(Entrance):
         if adapter in self._copies:
             self._copies.remove(adapter)  # the journal's from now on, come what may
             self._commit(client, weight)
+
+    def _kept(self, client: str) -> list[int]:
+        return self._kept_for(client)
 
     def _folder(self) -> Spool:
         return self._new_file

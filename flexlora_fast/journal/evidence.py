@@ -84,8 +84,9 @@ class Arriving:
 
     def facts(self) -> dict[str, Any]:
         """What is known of it, JSON-able: ``sha256`` is that of the ``read`` first bytes of ``size``."""
-        if self._at == 0:
-            self._read(min(self._first, self._from.size), 0)
+        wanted = min(self._first, self._from.size)
+        if len(self.head) < wanted:  # a reader that stopped early, or looked at the first bytes again
+            self._read(wanted, 0)
         config = self._from.config
         return {
             "size": self._from.size,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexlora_fast.errors import JournalError
+from flexlora_fast.gate.intake import SHORTAGES
 from flexlora_fast.journal import lines
 from flexlora_fast.journal.ledger import Accepted, Ledger
 from flexlora_fast.journal.place import Place, is_file, read, remedy, sha256
@@ -179,6 +180,8 @@ def _lost_upload(place: Place, entry: Accepted) -> Damage | None:
     try:
         digest = sha256(place.upload(entry.n), entry.bytes)
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         gone = {errno.ENOENT: "has vanished", errno.ELOOP: "is a link now"}
         problem = gone.get(error.errno or 0, f"cannot be read ({error.strerror})")
     else:
@@ -204,5 +207,7 @@ def _lost_update(place: Place) -> Damage:
 def _digest(path: Path | None) -> str | None:
     try:
         return None if path is None else sha256(path, os.lstat(path).st_size)
-    except OSError:
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, TypedDict
 
 import torch
@@ -11,7 +10,8 @@ import torch
 from flexlora_fast import defence as defences
 from flexlora_fast import methods
 from flexlora_fast.defence import Coordinates, Defence
-from flexlora_fast.errors import OptionError
+from flexlora_fast.errors import OptionError, shown
+from flexlora_fast.gate import strict
 from flexlora_fast.journal.evidence import Quarantine
 from flexlora_fast.methods import Method
 
@@ -62,9 +62,11 @@ def recorded(given: Options) -> dict[str, Any]:
         found["quarantine"] = dataclasses.asdict(found["quarantine"])
     for name, value in found.items():
         try:
-            json.dumps(value, allow_nan=False)
+            strict.dumps(value)
         except (TypeError, ValueError):
-            raise OptionError(f"{name} is {value!r}, which JSON cannot record; give a plain, finite value") from None
+            raise OptionError(
+                f"{name} is {shown(value)}, which JSON cannot record; give a plain, finite value"
+            ) from None
     return found
 
 

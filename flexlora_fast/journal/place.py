@@ -16,6 +16,7 @@ from typing import Any
 from flexlora_fast.errors import JournalError
 from flexlora_fast.files import replace, sync_folder
 from flexlora_fast.gate import strict
+from flexlora_fast.gate.intake import SHORTAGES
 from flexlora_fast.storage import UPDATE_NAME
 from flexlora_fast.tensorfile import Opened
 
@@ -30,7 +31,7 @@ class Place:
     """The paths of a round; nothing is looked at yet."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.abspath(path))  # wherever this process goes later
         self.head, self.lines, self.lock = self.path / _HEAD, self.path / _LINES, self.path / _LOCK
         self.spool, self.quarantine, self.update = self.path / _SPOOL, self.path / _QUARANTINE, self.path / UPDATE_NAME
 
@@ -82,12 +83,7 @@ class Place:
     def _check_parts(self) -> None:
         """Raise ``JournalError`` for a folder that is none of the round's own: a link leads elsewhere."""
         for path in (self.path, self.spool, self.quarantine):
-            try:
-                mode = os.lstat(path).st_mode
-            except OSError as error:
-                raise JournalError(f"{str(path)!r} is not there ({error.strerror}); give a round's folder") from None
-            if not stat.S_ISDIR(mode):
-                raise JournalError(f"{str(path)!r} is no folder ({stat.filemode(mode)}), as a round has it there")
+            check_folder(path)
 
     def check_foreign(self) -> None:
         """Raise ``JournalError`` where a new round would get between the files of something else, or of a round that
@@ -123,8 +119,12 @@ class Place:
             raise JournalError(
                 f"{str(self.path)!r} is in use by process {holder}; close the round there, or wait for it"
             ) from None
-        os.ftruncate(held.descriptor, 0)
-        write(held.descriptor, str(os.getpid()).encode())
+        try:
+            os.ftruncate(held.descriptor, 0)
+            write(held.descriptor, str(os.getpid()).encode())
+        except BaseException:
+            let_go(held)
+            raise
         return held
 
     def leftovers(self) -> list[Path]:
@@ -148,17 +148,39 @@ class Log:
 
     def append(self, line: bytes) -> None:
         """Have ``line`` on disk when this returns. Raises ``OSError``; then it is not there, or ``broken`` is set."""
+        self.broken = True  # whatever interrupts this
         try:
             write(self._file.descriptor, line)
-        except BaseException:
-            self.broken = True
+        except OSError:
             os.ftruncate(self._file.descriptor, self._size)
             self.broken = False
             raise
-        self.broken = True
         os.fdatasync(self._file.descriptor)
-        self.broken = False
         self._size += len(line)
+        self.broken = False
+
+
+def let_go(held: Opened) -> None:
+    """Let others lock it: an error that somebody keeps, or a forked process, may keep the descriptor open."""
+    fcntl.flock(held.descriptor, fcntl.LOCK_UN)
+
+
+def check_folder(path: Path) -> None:
+    """Raise ``JournalError`` for what is no folder: a link leads elsewhere."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError as error:
+        raise JournalError(f"{str(path)!r} is not there ({error.strerror}); give a round's folder") from None
+    if not stat.S_ISDIR(mode):
+        raise JournalError(f"{str(path)!r} is no folder ({stat.filemode(mode)}), as a round has it there")
+
+
+def make(path: Path) -> None:
+    """Make a folder; all that are made above it are on disk then (its own name ``create`` flushes)."""
+    if not path.parent.is_dir():
+        make(path.parent)
+        sync_folder(path.parent.parent)
+    path.mkdir(exist_ok=True)
 
 
 def put(path: Path, content: bytes) -> None:
@@ -211,6 +233,8 @@ def remedy(error: OSError) -> str:
         return "make room there, then go on"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "make it writable, then go on"
+    if error.errno in SHORTAGES:
+        return "let this process have more (`ulimit -n`, memory), then go on"
     return "look at the disk, then go on"
 
 

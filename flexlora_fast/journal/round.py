@@ -102,7 +102,8 @@ class Round:
 
         Args:
             path: of its folder. policy: what clients may send; needed to begin.
-            memory_limit, read, progress: as for ``Aggregator``, of this process alone.
+            memory_limit, read, progress: as for ``Aggregator``, of this process alone. A layer that does not fit
+                ``memory_limit`` comes out with other bytes: for the same ones give the same limit.
             rank, method, solver, tol, device, seed, missing, certificate, defence, min_clients, min_weight: as for
                 ``Aggregator``. Methods and defences go by their names.
             duplicate: what becomes of another upload of a client that is in the round: "refuse", or "replace".
@@ -124,19 +125,24 @@ class Round:
                     raise OptionError(f"{str(path)!r} is no round yet; give the policy to begin one with")
                 # What no round can be begun with leaves no folder behind.
                 Aggregator(policy=policy, **options.of_aggregator(begun) | how)
-                where.path.mkdir(parents=True, exist_ok=True)
+                place.make(where.path)
+            place.check_folder(where.path)
             held = where.locked()
-            if rules is not None and not os.path.lexists(where.head):
-                where.check_foreign()
-                where.create(begun, rules)
-            head = where.read_head()
-            options.check_same(wanted, head["options"], where.path)
-            if rules is not None and rules != RoundPolicy.from_json(head["policy"]).to_json():
-                raise OptionError(
-                    f"the policy is another than the round at {str(path)!r} was begun with; leave it away, or begin "
-                    "another round"
-                )
-            return cls(Journal(where, head), held, head, how)
+            try:
+                if rules is not None and not os.path.lexists(where.head):
+                    where.check_foreign()
+                    where.create(begun, rules)
+                head = where.read_head()
+                options.check_same(wanted, head["options"], where.path)
+                if rules is not None and rules != RoundPolicy.from_json(head["policy"]).to_json():
+                    raise OptionError(
+                        f"the policy is another than the round at {str(path)!r} was begun with; leave it away, or "
+                        "begin another round"
+                    )
+                return cls(Journal(where, head), held, head, how)
+            except BaseException:
+                place.let_go(held)
+                raise
 
     def add(self, upload: Source, weight: float = 1.0, *, client: str, config: bytes | None = None) -> Receipt:
         """Take one client's upload into the round. It is on disk for good when this returns.
@@ -217,11 +223,13 @@ class Round:
             entry = journal.ledger.accepted.get(client)
             if entry is None:
                 raise AdapterError(f"it is not in the round; it has {len(self.clients)} clients", client=client)
+            round_, self._round = self._round, None  # until it is sure what is in it
             journal.append(ledger.drop(client, reason))
             journal.settle(client=client)
             journal.remove([entry])
-            if self._round is not None and self._round.holds(client):
-                self._round.withdraw(client)
+            if round_ is not None and round_.holds(client):
+                round_.withdraw(client)
+            self._round = round_
 
     def forgo(self, line: int, reason: str) -> None:
         """Go on without a line of the manifest that is lost, and what it may have acknowledged.
@@ -249,7 +257,9 @@ class Round:
     def close(self) -> None:
         """Let others open the round. What is acknowledged stays; more than once does no harm."""
         with self._mutex:
-            self._round = self._journal = self._held = None
+            held, self._round, self._journal, self._held = self._held, None, None, None
+            if held is not None:
+                place.let_go(held)
 
     def __enter__(self) -> Round:
         return self
@@ -277,7 +287,13 @@ class Round:
     def _aggregator(self, journal: Journal) -> Journalled:
         """The round in memory; made from the spool where there is none, whoever came first."""
         if self._round is None:
-            entrance = SpoolEntrance(self.policy, journal.new_file, journal.commit)
+
+            def lost(client: str) -> list[int]:
+                """Of the others those that are not in the round here, where they would be counted."""
+                names = {x.client for x in journal.damage if x.client is not None and not made.holds(x.client)}
+                return [journal.ledger.accepted[x].bytes for x in names - {client}]
+
+            entrance = SpoolEntrance(self.policy, journal.new_file, journal.commit, lost)
             made = Journalled(self.policy, entrance, **self._options)
             for client in sorted(journal.ledger.accepted):
                 if not journal.is_damaged(client):
@@ -290,6 +306,8 @@ class Round:
             adapter = self.policy.admitted(journal.place.upload(entry.n), client=entry.client)
             round_.add(adapter, entry.weight, entry.client)
         except AdapterError as error:  # it was whole a moment ago
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in intake.SHORTAGES:
+                raise error.__cause__ from None
             journal.note(entry, error.message)
 
     def _opened(
@@ -326,17 +344,20 @@ class Round:
         round_ = self._aggregator(journal)
         known, number = journal.ledger.accepted.get(client), journal.next
         there = round_.holds(client)
-        if there:
-            round_.withdraw(client)
+        self._round = None  # until it is sure what is in it: an interrupt may come anywhere
         try:
+            if there:
+                round_.withdraw(client)
             with journal.receiving(arriving):
                 round_.add(arriving.upload, weight, client)
-        except BaseException:
-            if journal.next != number:
-                self._round = None  # it is on disk, and not in the round in memory
-            elif there and known is not None:
-                self._put_in(round_, journal, known)
+        except Exception:
+            if journal.next == number and not journal.doubtful:
+                if there and known is not None:
+                    self._put_in(round_, journal, known)
+                self._round = round_
             raise
+        else:
+            self._round = round_
         finally:
             round_.refused.clear()
 
@@ -360,7 +381,7 @@ def _record(journal: Journal, update: GlobalUpdate) -> None:
         os.unlink(path)
         raise JournalError(
             f"the update came out with SHA-256 {digest[:16]}…, and had {done['sha256'][:16]}… when the round was "
-            "finished; finish it with the same versions, on the same kind of machine"
+            "finished; finish it with the same versions and memory_limit, on the same kind of machine"
         )
     journal.damage = []
 

@@ -79,9 +79,16 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """Put the next line on disk; what it says counts from then on."""
         record = {"n": self.next, "time": _now(), **record}
-        self._log.append(lines.encode(self._key, record))
+        line = lines.encode(self._key, record)
+        self._doubtful = True  # an interrupt must not leave a line on disk that nobody here knows of
+        try:
+            self._log.append(line)
+        except OSError:
+            self._doubtful = False  # the log knows better
+            raise
         self.next += 1
         self.ledger.apply(record)
+        self._doubtful = False
 
     # -- uploads ---
 
@@ -91,6 +98,10 @@ class Journal:
         number, self._arriving = self.next, arriving
         try:
             yield
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt, wherever it came: what is on disk is found out
+                self._doubtful = True
+            raise
         finally:
             self._arriving = self._flushed = None
             if self.next == number and not self.doubtful:  # else its line may be there
@@ -101,7 +112,11 @@ class Journal:
         path = os.fspath(self.place.upload(self.next))
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(path, flags, 0o600)
-        self._flushed = Opened(os.dup(descriptor))  # the kernel tells an error to those who had the file open
+        try:
+            self._flushed = Opened(os.dup(descriptor))  # the kernel tells an error to those who had the file open
+        except BaseException:
+            os.close(descriptor)
+            raise
         return descriptor, path
 
     def commit(self, client: str, weight: float) -> None:

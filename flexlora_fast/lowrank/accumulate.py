@@ -34,7 +34,7 @@ class Accumulator:
         if not stack.blocks:
             return
         if in_range(stack, name):
-            self._settle(0)
+            self.settle(0)
             assert self._exponent is not None
             factor = math.ldexp(1.0, -self._exponent)
             blocks = [dataclasses.replace(block, d=block.d * factor) for block in stack.blocks] if factor != 1 else None
@@ -44,7 +44,7 @@ class Accumulator:
         top = float(c.abs().max())
         if top == 0:
             return
-        self._settle(math.frexp(top)[1])
+        self.settle(math.frexp(top)[1])
         assert self._exponent is not None
         c = c * math.ldexp(1.0, -self._exponent)
         for lo in range(0, stack.m, _ROWS):
@@ -55,7 +55,7 @@ class Accumulator:
         """Have D (b, m, n) float32 for the sum, with e = 0; it is kept, not copied."""
         self._D, self._exponent = D, 0
 
-    def _settle(self, exponent: int) -> None:
+    def settle(self, exponent: int) -> None:
         """Have the common exponent at least this large."""
         if self._exponent is not None and exponent > self._exponent:
             self._D *= math.ldexp(1.0, max(self._exponent - exponent, -1000))
@@ -71,6 +71,11 @@ class Accumulator:
         result = dataclasses.replace(result, S=result.S * factor, energy=result.energy * factor**2)
         check_norm(result, name)
         return result
+
+    @property
+    def exponent(self) -> int | None:
+        """e; None while nothing was added."""
+        return self._exponent
 
     @property
     def matrix(self) -> Tensor:

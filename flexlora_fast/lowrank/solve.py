@@ -71,6 +71,11 @@ def solve(
     with threads.single(stack.device.type == "cpu" and plan.seconds(shape, plan.default_constants())[solver] < _SHORT):
         scaled, factor = _rescaled(stack, name)
         result = _dispatch(scaled, k, key, solver, max(tol, plan.FLOAT32_TOL), certificate)
+    return rescaled(result, factor, name)
+
+
+def rescaled(result: Factorization, factor: float, name: str) -> Factorization:
+    """``factor`` times the result. Raises ``AdapterError`` where ΔW is too large for float32 adapters."""
     if factor != 1.0:
         error = None if result.energy_error is None else result.energy_error * factor**2
         result = dataclasses.replace(result, S=result.S * factor, energy=result.energy * factor**2, energy_error=error)

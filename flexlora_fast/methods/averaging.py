@@ -23,6 +23,7 @@ class FedIT(Method):
     summary = "average of A and of B (zero-padded); biased by cross terms, for comparison and equal ranks"
     output = "slice"
     gauge_invariant = False
+    linear = True
 
     def weights(self, contributions: Sequence[Contribution]) -> list[float]:
         """The share of each contribution; sums to what the contributions' own weights sum to."""
@@ -53,6 +54,7 @@ class HetLoRA(FedIT):
 
     name = "hetlora"
     summary = "zero-padded average weighted by each update's norm, cut by slicing; for comparison"
+    linear = False
 
     def weights(self, contributions: Sequence[Contribution]) -> list[float]:
         total = sum(c.weight for c in contributions)

@@ -48,6 +48,8 @@ class Method:
         folds: whether the blocks of some clients are the same alone as among the others, so that ΔW can be summed up
             from groups of clients where a layer's factors do not fit in memory together.
         uniform: whether the blocks are the factors as sent, and every column of a client has the coefficient w·s.
+        linear: whether weights go into P and Q linearly, or into d, so that what parts of a round give adds up to what
+            the whole gives.
     """
 
     name: ClassVar[str]
@@ -56,6 +58,7 @@ class Method:
     gauge_invariant: ClassVar[bool] = True
     folds: ClassVar[bool] = False
     uniform: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
 
     def blocks(self, contributions: Sequence[Contribution]) -> list[Block]:
         """The blocks whose sum Σ B·diag(d)·A is this method's ΔW for one layer."""

@@ -19,7 +19,7 @@ class FlexLoRA(Method):
 
     name = "flexlora"
     summary = "exact weighted sum of all updates; every client gets its best truncation (mixed ranks)"
-    folds = uniform = True
+    folds = uniform = linear = True
 
     def blocks(self, contributions: Sequence[Contribution]) -> list[Block]:
         return [Block(c.B, c.A, torch.full((c.rank,), c.weight * c.scale, dtype=torch.float64)) for c in contributions]

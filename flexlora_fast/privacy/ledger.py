@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flexlora_fast import files
 from flexlora_fast.errors import PrivacyError
+from flexlora_fast.gate import strict
 from flexlora_fast.privacy.accounting import ADJACENCY, Charge, epsilon
 
 FORMAT = "flexlora_fast.ledger/1"
@@ -23,11 +24,12 @@ class Ledger:
 
     Args:
         path: of a JSON file, which the first round makes. Several processes may charge it: each locks it (a file beside
-            it, ``.lock``), reads it anew, and swaps it in whole and flushed to disk. None: in memory, gone with the
-            process, and with it what the rounds so far have cost.
+            it, ``.lock``), reads it anew, and swaps it in whole and flushed to disk. Where it leads is settled at
+            once: links, and later changes of the working directory, make no second ledger. None: in memory, gone with
+            the process, and with it what the rounds so far have cost.
 
-    A file that is not as it was written is refused, never begun anew. Without the file all rounds count as not run:
-    keep it as you keep the data.
+    A file that no ledger has written is refused, never begun anew, and so is one that lacks rounds that this object has
+    seen there. Without the file all rounds count as not run: keep it as you keep the data.
 
     >>> ledger = Ledger()
     >>> total, rounds = ledger.charge(Charge(noise_multiplier=1.0, rate=1.0), delta=1e-6)
@@ -36,8 +38,8 @@ class Ledger:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = None if path is None else Path(path)
-        self._rounds: list[Charge] = []
+        self.path = None if path is None else Path(path).resolve()
+        self._rounds: list[Charge] = []  # all, or those that were in the file when it was last read
         self._mutex = threading.RLock()
 
     def __repr__(self) -> str:
@@ -45,9 +47,15 @@ class Ledger:
 
     @property
     def rounds(self) -> list[Charge]:
-        """The rounds so far, first to last. Raises ``PrivacyError`` for a file that is none."""
+        """The rounds so far, first to last. Raises ``PrivacyError`` for a file that is none, or has lost some."""
         with self._mutex:
-            return list(self._rounds) if self.path is None else _read(self.path)
+            if self.path is not None:
+                found = _read(self.path)
+                if found[: len(self._rounds)] != self._rounds:
+                    lost = f"it has {len(found)} rounds, and not all of the {len(self._rounds)} that it had before"
+                    raise _damaged(self.path, lost)
+                self._rounds = found
+            return list(self._rounds)
 
     def epsilon(self, delta: float) -> float:
         """ε of all rounds so far at ``delta``."""
@@ -75,10 +83,9 @@ class Ledger:
         """
         with self._mutex, self._locked():
             total, rounds = self.check(charge, delta, most), [*self.rounds, charge]
-            if self.path is None:
-                self._rounds = rounds
-            else:
+            if self.path is not None:
                 _write(self.path, rounds)
+            self._rounds = rounds
         return total, len(rounds)
 
     @contextmanager
@@ -95,18 +102,21 @@ class Ledger:
 
 def _read(path: Path) -> list[Charge]:
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise _damaged(path, str(error)) from error
     try:
-        document = json.loads(text)
+        document = strict.loads(data)
         if document["format"] != FORMAT or document["adjacency"] != ADJACENCY:
             raise ValueError(f"it is {document['format']!r} of {document['adjacency']!r}")
+        if not isinstance(document["rounds"], list):
+            raise ValueError("its rounds are no list")
         rounds = [Charge(**line) for line in document["rounds"]]
         for charge in rounds:
-            if not (charge.noise_multiplier > 0 and 0 < charge.rate <= 1):
+            numbers = all(type(value) in (int, float) for value in (charge.noise_multiplier, charge.rate))
+            if not (numbers and charge.noise_multiplier > 0 and 0 < charge.rate <= 1):
                 raise ValueError(f"no round can have been {charge}")
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error

@@ -15,7 +15,8 @@ client is what the client's own software does (``Plan.clip``), and whatever proo
 
 **What several rounds reveal**: sums over sets of clients that differ by one client differ by that client's part. Where
 a single one drops out between two summed rounds, the server, which knows Qᵀ·ΣΔW·Ω of both sets, knows Qᵀ·ΔW·Ω of it.
-``rounds=1`` takes all that it needs in one sum.
+``rounds=1`` takes all that it needs in one sum. A sum that was refused and is taken again without one client gives the
+same difference, of all that is summed up in that round, whatever ``rounds`` is.
 
 Source of the sketches: see ``secure.server``.
 

@@ -17,6 +17,7 @@ _PREFIX = "basis/"
 _HEADER = 512  # bytes of a header for one tensor, and for the rest; generous
 # WᵀW may differ from 1 by this much, of which float32 takes a thousandth: half of the room that a plan leaves.
 _SKEW = (HEADROOM - 1) / 2
+_STAGE, _DIGEST = ("torch.int64", (1,)), ("torch.uint8", (32,))
 
 
 def pack(plan: Plan, stage: int, bases: Mapping[str, Tensor]) -> bytes:
@@ -51,7 +52,11 @@ def unpack(plan: Plan, message: bytes) -> tuple[int, dict[str, Tensor]]:
         raise ProtocolError(f"the message is no bytes object of at most {longest} bytes; give what Server.message is")
     try:
         tensors = safetensors.torch.load(message)
-        stage, digest = int(tensors.pop("stage")), bytes(tensors.pop("plan").tolist())
+        number, signature = tensors.pop("stage"), tensors.pop("plan")
+        # Forms first: bytes() of one large number would fill the memory with zeros.
+        if _form(number) != _STAGE or _form(signature) != _DIGEST:
+            raise ValueError(f"its stage is {_form(number)} and its plan {_form(signature)}")
+        stage, digest = int(number), bytes(signature.tolist())
     except (KeyError, RuntimeError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise ProtocolError(f"the message cannot be read ({error}); give what Server.message is") from None
     if digest != plan.digest:
@@ -65,6 +70,10 @@ def unpack(plan: Plan, message: bytes) -> tuple[int, dict[str, Tensor]]:
     for spec in expected:
         _check(bases[spec.name], plan.basis_shape(spec, stage), spec.name)
     return stage, bases
+
+
+def _form(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    return str(tensor.dtype), tuple(tensor.shape)
 
 
 def _check(basis: Tensor, shape: tuple[int, ...], layer: str) -> None:

@@ -1,0 +1,1 @@
+"""A complete Flower app, and ``python -m examples.flower``, which starts it on this machine."""

@@ -1,0 +1,1 @@
+"""A Flower app: MiniLM, TREC questions, PEFT, and a LoRA rank for each node."""

@@ -1,0 +1,1 @@
+"""The engine inside frameworks that move adapters between machines; each needs its own extra."""
