@@ -83,6 +83,39 @@ def adapter(rank: int, seed: int = 0, alpha: float = 16, **config: Any) -> ff.Ad
     return ff.Adapter.from_state_dict(state, {"r": rank, "lora_alpha": alpha, **config})
 
 
+class Net(torch.nn.Module):
+    """A model whose adapters are the world's, of a loss that ``Trainer`` takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sides = {name: (INPUTS, OUTPUTS) for name in ("q_proj", "v_proj")}
+        layers = [torch.nn.ModuleDict({k: torch.nn.Linear(*v) for k, v in sides.items()}) for _ in range(2)]
+        self.model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers)})
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = sum(layer(x) for block in self.model["layers"] for layer in block.values())
+        return {"loss": (found - labels).square().mean()}
+
+
+def peft_model(rank: int = 4) -> Any:
+    import peft
+
+    config = peft.LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    return peft.get_peft_model(Net(), config)
+
+
+def flower_grid() -> Any:
+    """Three nodes in this process, each of which sends back what it got and some noise."""
+    from flexlora_fast.integrations.flower import from_record
+    from tests import flower
+
+    def train(message: Any, _: Any) -> Any:
+        state = from_record(message.content["arrays"])
+        return flower.reply_of({key: x + 0.01 * torch.randn(x.shape) for key, x in state.items()})
+
+    return flower.LocalGrid({n: flower.app(train) for n in (1, 2, 3)}, {n: {"lora-rank": 4 * n} for n in (1, 2)})
+
+
 class Log:
     """What a page logs, kept."""
 
@@ -129,6 +162,8 @@ def world(folder: Path) -> dict[str, Any]:
 
     return names | {
         "planned": planned,
+        "peft_model": peft_model,
+        "flower_grid": flower_grid,
         "arrivals": arrivals,
         "log": Log(),
         "send": sent.__setitem__,
@@ -144,16 +179,25 @@ def world(folder: Path) -> dict[str, Any]:
 BEFORE: dict[str, dict[str, str]] = {
     "README.md": {
         "ff.Privacy.calibrated(": "monkeypatch.setattr(ff.Privacy, 'calibrated', planned)",
-        "adapter.load_into(model)": """
-import peft, torch
-from tests.documented import INPUTS, LAYERS, OUTPUTS
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.v_proj = torch.nn.Linear(INPUTS, OUTPUTS), torch.nn.Linear(INPUTS, OUTPUTS)
-model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([Net(), Net()])})})
-model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-adapter = update.adapter(rank=8)
+        "FlexLoRACallback(": """
+import queue
+inbox, peft_model, arguments, data = queue.Queue(), peft_model(), None, []
+real_send, send, Trainer = send, print, lambda *_, **__: trainer
+""",
+        "agg = ff.Aggregator(rank=64)\n": "send = real_send",
+        "adapter.load_into(model)": "import torch; model, adapter = peft_model, update.adapter(rank=8)",
+        "FlexLoRAStrategy(": """
+from flwr.app import ArrayRecord
+from flwr.clientapp import ClientApp
+from peft import get_peft_model_state_dict
+grid = flower_grid()
+""",
+        "distributed.aggregate(": "weights = [1200, 300, 560]; folders = [folder for _, folder, _ in arrivals]",
+        "ff.merge(": """
+edges = []
+for _, folder, _ in arrivals:
+    edges.append(f"{folder}.safetensors")
+    ff.aggregate([folder], rank=64).save(edges[-1])
 """,
         "flexlora-fast aggregate uploads/": """
 import json, os, shutil

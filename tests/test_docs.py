@@ -48,6 +48,8 @@ def obey(words: list[str]) -> None:
             expanded = [match for x in arguments for match in (sorted(map(str, Path().glob(x))) if "*" in x else [x])]
             result = command.run(*expanded)
             assert result.exit_code == 0, result.output
+        case ["torchrun", "--nproc-per-node", "2", "-m", "flexlora_fast", name, *_]:
+            assert command.run(name, "--help").exit_code == 0  # tests/test_distributed*.py start it
         case ["make", *targets]:
             targets = [target for target in targets if "=" not in target]
             known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
