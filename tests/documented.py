@@ -192,7 +192,10 @@ from flwr.clientapp import ClientApp
 from peft import get_peft_model_state_dict
 grid = flower_grid()
 """,
-        "distributed.aggregate(": "weights = [1200, 300, 560]; folders = [folder for _, folder, _ in arrivals]",
+        "distributed.aggregate(": """
+torch.distributed.init_process_group("gloo", init_method=f"file://{os.getcwd()}/group", rank=0, world_size=1)
+weights = [1200, 300, 560]
+""",
         "ff.merge(": """
 edges = []
 for _, folder, _ in arrivals:
