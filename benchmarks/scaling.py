@@ -33,7 +33,6 @@ ROUNDS: tuple[tuple[str, ModelRound, dict[str, Any]], ...] = (
     ("layers shared out", MODEL, {"shard": "layers"}),
     ("layers shared out, to a file", MODEL, {"shard": "layers", "out": "update.safetensors"}),
     ("clients shared out, ΔW summed up", LAYER, {"shard": "clients", "solver": "dense"}),
-    ("clients shared out, products summed up", LAYER, {"shard": "clients", "solver": "factored"}),
 )
 
 
@@ -80,10 +79,13 @@ def main() -> None:
     options = parser.parse_args()
     if len(os.sched_getaffinity(0)) < max(RANKS):
         raise SystemExit(f"{max(RANKS)} cores are needed, one for each rank")
+    before = os.getloadavg()[0]
+    rows = table(options.data, options.repeats)
     text = (
         f"# Scaling over ranks\n\n`python -m benchmarks.scaling`, torch {torch.__version__}, one thread a rank, each "
         f"on a core of its own of {os.cpu_count()}; gloo on one machine; best of {options.repeats}, in turn. What the "
-        f"figures are: `benchmarks/scaling.py`.\n\n{table(options.data, options.repeats)}\n"
+        f"figures are: `benchmarks/scaling.py`. Load average before: {before:.1f}.\n\n"
+        f"{rows}\n"
     )
     print(text)
     if options.out:

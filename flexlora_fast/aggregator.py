@@ -180,8 +180,10 @@ class Aggregator:
     def name_for(self, adapter: Source) -> str:
         """The name a client gets when none is given: the adapter's own, its path, or a running number."""
         if isinstance(adapter, Adapter | bytes | Upload):
-            given = adapter.client if isinstance(adapter, Adapter) else None
-            return given or f"client-{len(self._clients) + len(self.refused):04d}"
+            number = len(self._clients) + len(self.refused)
+            while (name := f"client-{number:04d}") in self._clients:  # somebody is called so
+                number += 1
+            return (adapter.client if isinstance(adapter, Adapter) else None) or name
         return PurePath(os.path.normpath(adapter)).as_posix()
 
     def add(self, adapter: Source, weight: float = 1.0, client: str | None = None) -> None:

@@ -55,8 +55,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:
         # The unpickler meets damage with whatever comes: AssertionError, IndexError, TypeError …
-        why = sentence(error) or type(error).__name__
-        raise AdapterError(f"{str(path)!r} is not a file of plain tensors ({why}); {_REMEDY}") from error
+        what = sentence(error) or type(error).__name__
+        raise AdapterError(f"{str(path)!r} is not a file of plain tensors ({what}); {_REMEDY}") from error
     if not isinstance(state, Mapping):
         raise AdapterError(f"{str(path)!r} holds a {type(state).__name__}, not a state dict; {_REMEDY}")
     if not state:

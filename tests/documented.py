@@ -3,7 +3,8 @@
 A fenced block is Python, commands (``sh``, or no language in README.md) or ``text``, which nobody runs; any other
 language is an error, so that no code goes untested unseen. A comment in front of a block says more of it:
 ``<!-- raises -->`` the block must raise, and the heading above it is the message; ``<!-- output -->`` the block is what
-the one before printed; ``<!-- gpu -->`` it runs where there is a GPU; ``<!-- setup … -->`` holds Python that a
+the one before printed; ``<!-- gpu -->``, ``<!-- nvflare -->`` it runs where
+there is a GPU, or NVFlare, and is only compiled elsewhere; ``<!-- setup … -->`` holds Python that a
 reader does not need. All blocks of a page share one namespace and one folder.
 """
 
@@ -21,7 +22,7 @@ import flexlora_fast as ff
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGUAGES = ("python", "sh", "text")
-_COMMENT = re.compile(r"<!-- *(setup|raises|output|gpu)\b *(.*?) *-->", re.S)
+_COMMENT = re.compile(r"<!-- *(setup|raises|output|gpu|nvflare)\b *(.*?) *-->", re.S)
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,11 @@ real_send, send, Trainer = send, print, lambda *_, **__: trainer
 """,
         "agg = ff.Aggregator(rank=64)\n": "send = real_send",
         "adapter.load_into(model)": "import torch; model, adapter = peft_model, update.adapter(rank=8)",
+        "FlexLoRAFilter": """
+from unittest.mock import MagicMock
+FedAvgRecipe, set_per_site_config, sites = MagicMock(), print, {}
+policy = ff.RoundPolicy.from_adapter("reference", ranks=(8, 16, 64))
+""",
         "FlexLoRAStrategy(": """
 from flwr.app import ArrayRecord
 from flwr.clientapp import ClientApp

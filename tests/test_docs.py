@@ -79,6 +79,8 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     names = documented.world(tmp_path)
     names["names"].update(names, monkeypatch=monkeypatch)
     names = names["names"]  # the one that functions of the world look names up in
+    here = {"gpu": torch.cuda.is_available(), "nvflare": importlib.util.find_spec("nvflare") is not None}
+    absent = {name for name, found in here.items() if not found}
     printed = ""
     for block in documented.blocks(page.read_text(encoding="utf-8")):
         language = block.language or ("sh" if page.name == "README.md" else "")
@@ -86,7 +88,7 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             if key in block.code:
                 exec(code, names)
         assert language in documented.LANGUAGES, f"{page}:{block.line}: nobody runs {block.language!r}"
-        if "gpu" in block.marks and not torch.cuda.is_available():
+        if block.marks & absent:
             compile(block.code, str(page), "exec")
         elif "output" in block.marks:
             assert block.code.rstrip() == printed.rstrip(), f"{page}:{block.line}: it printed\n{printed}"

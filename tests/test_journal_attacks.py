@@ -134,6 +134,22 @@ def test_a_header_that_is_none_leaves_its_first_bytes(size: int, first: int, tmp
         assert base64.b64decode(json.loads(path.read_text())["first"]) == junk[: min(first, size)]
 
 
+def test_refusals_in_another_order_give_the_same_bytes(tmp_path: Path) -> None:
+    found = set()
+    for names in ("xyz", "zxy"):
+        with Round.open(tmp_path / names, policy=policy(), rank=6, progress=False) as round_:
+            for name in names:
+                with pytest.raises(RefusedError):
+                    round_.add(SENT["nan"], client=name)
+                round_.add(SENT["gone"], client=f"gone {name}")
+                round_.drop(f"gone {name}", "tested")
+            round_.add(SENT["a"], client="a")
+            round_.finish()
+        found.add((tmp_path / names / kills.UPDATE).read_bytes())
+        assert [x.client for x in examine(tmp_path / names).refused] == ["gone x", "gone y", "gone z", *"xyz"]
+    assert len(found) == 1
+
+
 # -- what this machine is short of is no client's doing ---
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,6 +135,16 @@ def test_one_client_moves_the_sum_by_no_more_than_the_bound(data: st.DataObject)
         for i in range(3):
             others = sums.of([c for c in clients if c is not clients[i]], of, **options)
             assert float(np.linalg.norm(whole - others)) <= clip
+
+
+def test_nobody_is_kept_out_by_a_name_that_another_has() -> None:
+    """Or one client would decide about two terms of the sum. Uploads without a name get a free one."""
+    agg = aggregator()
+    uploads = [safetensors.torch.save(dict(c.adapter().state_dict())) for c in members(3)]
+    agg.add(uploads[0], client="client-0001")
+    agg.add(uploads[1])
+    agg.add(uploads[2])
+    assert agg.clients == ["client-0001", "client-0002", "client-0003"] and agg.refused == []
 
 
 def test_the_bound_is_reached() -> None:

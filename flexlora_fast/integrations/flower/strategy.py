@@ -19,7 +19,7 @@ from flexlora_fast.errors import AdapterError, EmptyRoundError, FlexLoRAError, O
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.integrations.flower import note, replies, wire
 from flexlora_fast.integrations.flower.replies import Answer
-from flexlora_fast.integrations.flower.rounds import Rounds
+from flexlora_fast.integrations.rounds import Rounds
 from flexlora_fast.oneshot import aggregate
 from flexlora_fast.truncation import truncated
 from flexlora_fast.update import GlobalUpdate, Refusal

@@ -1,4 +1,4 @@
-"""A strategy's rounds: in memory, or each in a folder that survives its server."""
+"""A server's rounds: in memory, or each in a folder that survives its server."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ class Rounds:
     @property
     def is_open(self) -> bool:
         return self._round is not None
+
+    @property
+    def clients(self) -> list[str]:
+        """Names of those in the open round, sorted."""
+        return sorted(self._round.clients) if self.is_open else []
 
     def last(self) -> tuple[int, GlobalUpdate | None]:
         """The number of the last finished round, and its update; 0 and None where there is none."""
