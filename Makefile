@@ -19,7 +19,7 @@ BENCH := $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,rounds
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-integrations check fuzz demo bench bench-quick gpu calibrate clean
+.PHONY: help venv test test-all test-integrations check fuzz demo bench bench-quick docs gpu calibrate clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,13 @@ bench-quick: venv  ## The same suite at small sizes, in about a minute
 	$(BIN)/python -m benchmarks.table --print .bench-data/quick.json
 	$(BIN)/python -m benchmarks.gathering --quick
 
+$(VENV)/.docs: constraints.txt pyproject.toml | $(VENV)/.built
+	$(BIN)/python -m pip install -q -c constraints.txt mkdocs mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+docs: venv $(VENV)/.docs  ## The documentation: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
+
 gpu:  ## Build, measure, check and test on a GPU, without a network, in 8 minutes: benchmarks/results/<its name>
 	$(GPU_PYTHON) -m benchmarks.gpu.gate
 
@@ -96,6 +103,6 @@ calibrate: venv  ## Measure this machine for the planner's cost model
 	$(BIN)/python -m flexlora_fast.lowrank.calibrate
 
 clean:  ## Remove what was built; .venv and downloads stay
-	rm -rf build dist .venv-gpu *.egg-info flexlora_fast/_C*.so flexlora_fast/_build_info.json $(VENV)/.built
+	rm -rf build dist site .venv-gpu *.egg-info flexlora_fast/_C*.so flexlora_fast/_build_info.json $(VENV)/.built
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
