@@ -84,7 +84,7 @@ class FlexLoRAAggregator(ModelAggregator):
         if options and "privacy" in options:
             raise OptionError(
                 "a private round is none in NVFlare: the sites' own metrics and the round's counts go out with the "
-                "global model; use ff.Aggregator or ff.Round"
+                "global model; use ff.Aggregator"
             )
         # NVFlare writes a job down from the attributes that are called as the arguments.
         self.policy = _written(policy)
