@@ -13,7 +13,7 @@ GPU_PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := peft,test,demo,bench,flower,nvflare
+EXTRAS := peft,test,demo,bench,flower,nvflare,simulate,reasoning
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 BENCH := $(BIN)/python -m pytest benchmarks -q --benchmark-columns=median,rounds
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -1,0 +1,1 @@
+"""Federated runs on one machine, from one file: ``flexlora-fast simulate``. Needs the extra ``simulate``."""
