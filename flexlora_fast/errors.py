@@ -131,6 +131,12 @@ class PrivacyError(FlexLoRAError, ValueError):
     code = "privacy"
 
 
+class ResultsError(FlexLoRAError, ValueError):
+    """A folder that is no simulation's, or one whose files are damaged or do not belong together."""
+
+    code = "results"
+
+
 class BackendError(FlexLoRAError, RuntimeError):
     """A backend or device that was asked for by name and cannot run here."""
 
