@@ -137,6 +137,12 @@ class ResultsError(FlexLoRAError, ValueError):
     code = "results"
 
 
+class DataError(FlexLoRAError, ValueError):
+    """A task's data that is not there or not as published: ``str()`` names file, line or entry, value and remedy."""
+
+    code = "data"
+
+
 class BackendError(FlexLoRAError, RuntimeError):
     """A backend or device that was asked for by name and cannot run here."""
 
