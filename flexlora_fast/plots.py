@@ -22,7 +22,7 @@ _LABELLED = 40  # more row labels than this are too small to read: groups are la
 _FONT = 9  # points
 _LEAST_LOST = 1e-4  # of the energy; where less is lost, a heat map has its last colour
 # Okabe and Ito's palette (2008), which colour-blind readers can tell apart, without its yellow (too pale for lines).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -68,7 +68,7 @@ def spectrum(report: Report) -> Figure:
     floor = 1e-8 * top
     if len(values) <= _LINES:
         for i, (layer, sigma) in enumerate(values.items()):
-            _spectrum_line(axes, sigma, floor, i, _short(layer, 48))
+            _spectrum_line(axes, sigma, floor, i, short(layer, 48))
     else:
         _spectrum_bands(axes, report, values, floor)
     axes.set_yscale("log")
@@ -85,7 +85,7 @@ def _energy_lines(report: Report, grid: np.ndarray) -> Figure:
     x = np.arange(1, grid.shape[1] + 1)
     for i, layer in enumerate(report.layers):
         style: dict[str, Any] = {"marker": "o", "markersize": 3} if grid.shape[1] <= 32 else {}
-        axes.plot(x, 100 * grid[i], color=_COLOURS[i % len(_COLOURS)], label=_short(layer, 48), lw=1.6, **style)
+        axes.plot(x, 100 * grid[i], color=COLOURS[i % len(COLOURS)], label=short(layer, 48), lw=1.6, **style)
     _rank_axis(axes, grid.shape[1], report.ranks)
     low = float(np.nanmin(grid)) if np.isfinite(grid).any() else 0.0
     axes.set_ylim(min(0.0, 105 * low), 104)
@@ -131,18 +131,18 @@ def _row_labels(axes: Axes, groups: dict[str, list[dict[str, Any]]], count: int)
     if count <= _LABELLED:
         names = [row["layer"] for rows in groups.values() for row in rows]
         prefix = _common_prefix(names)
-        axes.set_yticks(np.arange(count) + 0.5, [_short(name.removeprefix(prefix), 40) for name in names])
-        axes.set_ylabel(f"layer, under {_short(prefix.rstrip('.'), 40)}" if prefix else "layer")
+        axes.set_yticks(np.arange(count) + 0.5, [short(name.removeprefix(prefix), 40) for name in names])
+        axes.set_ylabel(f"layer, under {short(prefix.rstrip('.'), 40)}" if prefix else "layer")
         axes.tick_params(axis="y", labelsize=_FONT - 1)
     else:
         prefix = _common_prefix(list(groups))
         sizes = [len(rows) for rows in groups.values()]
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        labels = [f"{_short(name.removeprefix(prefix), 34)} ({n})" for name, n in zip(groups, sizes, strict=True)]
+        labels = [f"{short(name.removeprefix(prefix), 34)} ({n})" for name, n in zip(groups, sizes, strict=True)]
         middles = [start + size / 2 for start, size in zip(starts, sizes, strict=True)]
         shown = spread(range(len(labels)), _LABELLED)
         axes.set_yticks([middles[i] for i in shown], [labels[i] for i in shown])
-        axes.set_ylabel("module (number of layers)" + (f", under {_short(prefix.rstrip('.'), 30)}" if prefix else ""))
+        axes.set_ylabel("module (number of layers)" + (f", under {short(prefix.rstrip('.'), 30)}" if prefix else ""))
     last = 0
     for rows in list(groups.values())[:-1]:
         last += len(rows)
@@ -153,7 +153,7 @@ def _spectrum_line(axes: Axes, S: np.ndarray, floor: float, i: int, label: str) 
     x = np.arange(1, len(S) + 1)
     marker = "o" if len(S) <= 32 else None
     y = np.where(floor < S, S, np.nan)
-    axes.plot(x, y, color=_COLOURS[i % len(_COLOURS)], label=label, lw=1.6, marker=marker, ms=3)
+    axes.plot(x, y, color=COLOURS[i % len(COLOURS)], label=label, lw=1.6, marker=marker, ms=3)
 
 
 def _spectrum_bands(axes: Axes, report: Report, values: dict[str, np.ndarray], floor: float) -> None:
@@ -171,8 +171,8 @@ def _spectrum_bands(axes: Axes, report: Report, values: dict[str, np.ndarray], f
         x, block = np.arange(1, longest + 1)[known], block[:, known]
         if not x.size:
             continue
-        colour = _COLOURS[i]
-        label = f"{_short(name.removeprefix(prefix), 40)} ({len(block)})"
+        colour = COLOURS[i]
+        label = f"{short(name.removeprefix(prefix), 40)} ({len(block)})"
         axes.plot(x, np.nanmedian(block, axis=0), color=colour, lw=1.6, label=label)
         axes.fill_between(x, np.nanmin(block, axis=0), np.nanmax(block, axis=0), color=colour, alpha=0.1, lw=0)
     if len(ranked) > _LINES:
@@ -239,7 +239,7 @@ def _title(report: Report, what: str) -> str:
     return f"{what}: {', '.join(counts)}, {report.update.method}"
 
 
-def _short(name: str, length: int) -> str:
+def short(name: str, length: int) -> str:
     """A printable label, its middle cut out where it is long; ``$`` would start a formula."""
     name = tables.clean(name)
     if len(name) > length:
