@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=110)
     try:
-        model = demo_data.unpack(demo_data.MODEL, options.data)
+        model = demo_data.unpack(demo_data.MINILM, options.data)
         questions = demo_data.read_questions(
             demo_data.unpack(demo_data.QUESTIONS, options.data) / demo_data.QUESTIONS.files[0]
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, BertModel, BertPreTrainedModel, DataCollatorWithPadding, PrinterCallback
-from transformers.modeling_outputs import SequenceClassifierOutput
+from torch import nn
+from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback
 
 import flexlora_fast as ff
-from examples.demo_data import LABELS
+from flexlora_fast.simulate import encoder
+from flexlora_fast.simulate.encoder import SentenceClassifier
+from flexlora_fast.simulate.processes import base_dtype, settle
+from flexlora_fast.simulate.questions import LABELS
 
 
 @dataclass(frozen=True)
@@ -75,63 +75,9 @@ class Score:
         return float(self.correct.mean())
 
 
-class QuestionClassifier(BertPreTrainedModel):
-    """BERT, mean over the tokens, linear head: how this encoder was pretrained to be read, unlike its CLS token."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=False)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        **_: Any,
-    ) -> SequenceClassifierOutput:
-        hidden = self.bert(input_ids, attention_mask, token_type_ids).last_hidden_state.float()
-        mask = attention_mask.unsqueeze(-1)
-        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1))
-        loss = None if labels is None else cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
-def base_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it in hardware (2 to 3 times faster there, slower elsewhere)."""
-    capabilities = torch.cpu.get_capabilities()
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
-
-
-def settle() -> None:
-    """Make this process quiet and single-threaded."""
-    torch.set_num_threads(1)  # one process per core: threads across them would only wait for each other
-    transformers.logging.set_verbosity_error()  # not the list of weights (pooler, head) that this model does not share
-    transformers.logging.disable_progress_bar()
-    # PEFT asks transformers for a property that it has deprecated; no reader of the demo can do anything about it.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-
-
-def pretrained(model: Path, seed: int) -> QuestionClassifier:
+def pretrained(model: Path, seed: int) -> SentenceClassifier:
     """The pretrained encoder with a fresh head, float32; the rest may be bfloat16."""
-    torch.manual_seed(seed)
-    base = QuestionClassifier.from_pretrained(
-        model,
-        num_labels=len(LABELS),
-        dtype=base_dtype(),
-        # A round is a handful of steps: dropout would only add noise to them (measured: accuracy .74 instead of .80
-        # after 10 steps), and without it plain attention is the fastest, by a quarter of the step on short texts.
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        attn_implementation="eager",
-    )
-    nn.init.normal_(base.classifier.weight, std=0.02)
-    nn.init.zeros_(base.classifier.bias)
-    base.classifier.float()
-    return base
+    return encoder.pretrained(model, len(LABELS), seed, base_dtype())
 
 
 def build(model: Path, rank: int, alpha_over_r: int, seed: int) -> PeftModel:

@@ -31,7 +31,7 @@ def federate(arguments: argparse.Namespace, out: Path) -> Federation:
     asked = demo_data.read_questions(demo_data.unpack(demo_data.QUESTIONS, arguments.data) / "question_labels.txt")
     if arguments.sft:
         return tasks.chats(tasks.smollm2(arguments.data), asked, out, arguments.steps or 4)
-    return tasks.classifiers(demo_data.unpack(demo_data.MODEL, arguments.data), asked, out, arguments.steps or 8)
+    return tasks.classifiers(demo_data.unpack(demo_data.MINILM, arguments.data), asked, out, arguments.steps or 8)
 
 
 def main(given: Sequence[str] | None = None) -> Federation:

