@@ -13,6 +13,7 @@ from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.journal import Receipt, Round
 from flexlora_fast.merging import merge
+from flexlora_fast.methods import slora as _slora  # noqa: F401 (has ff.methods.slora there)
 from flexlora_fast.oneshot import aggregate
 from flexlora_fast.privacy import Privacy
 from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
