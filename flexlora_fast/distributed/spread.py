@@ -16,6 +16,7 @@ from flexlora_fast.backends import cpu
 from flexlora_fast.distributed.sharding import runs
 from flexlora_fast.distributed.team import Stopped, Team
 from flexlora_fast.errors import AdapterError, FlexLoRAError
+from flexlora_fast.layer import LayerUpdate
 from flexlora_fast.lowrank.accumulate import Accumulator
 from flexlora_fast.lowrank.dense import from_triplets
 from flexlora_fast.lowrank.factorization import Factorization
@@ -26,11 +27,11 @@ from flexlora_fast.lowrank.solve import in_range, rescaled
 from flexlora_fast.planning import LayerPlan
 from flexlora_fast.precision import full_precision
 from flexlora_fast.stack import Block, Stack
-from flexlora_fast.update import LayerUpdate
 from flexlora_fast.work import Work
 
-_APPLY, _APPLY_T, _COLUMNS, _END = range(4)
-# Columns of ΔW that are summed up at a time for ‖ΔW‖_F: 32 MiB of a layer with 16,384 outputs.
+_APPLY, _APPLY_T, _ENERGY, _END = range(4)
+# Columns of ΔW that are summed up at a time for ‖ΔW‖_F: 32 MiB of a layer with 16,384 outputs, of which there are two:
+# one on its way to the rank that squares it while the next one is multiplied.
 _TILE = 512
 
 
@@ -190,11 +191,7 @@ class _Products:
 
     def energy(self) -> Tensor:
         """‖ΔW‖_F² (b,) float64, from ΔW's columns, some at a time: 2·m·n·R flops shared by the ranks."""
-        total = torch.zeros(self._stack.batch, dtype=torch.float64, device=self._device)
-        for lo in range(0, self._stack.n, _TILE):
-            tile = self._ask(_COLUMNS, torch.tensor([lo, min(lo + _TILE, self._stack.n)]))
-            total += tile.double().square().sum(dim=(1, 2))
-        return total
+        return self._ask(_ENERGY, torch.zeros(0, device=self._device))
 
     def end(self) -> bool:
         """Have the others stop serving. Whether one of them has failed."""
@@ -208,8 +205,9 @@ class _Products:
             kind, *shape = self._heard()
             if kind == _END:
                 break
-            X = torch.zeros(shape, dtype=torch.int64 if kind == _COLUMNS else torch.float32, device=self._place(kind))
-            self._team.copied(X, self._owner)
+            X = torch.zeros(shape, device=self._device)
+            if kind != _ENERGY:
+                self._team.copied(X, self._owner)
             self._team.summed(self._part(kind, X))
         self._team.gather(self._failure is not None)
         if self._failure is not None:
@@ -217,7 +215,8 @@ class _Products:
 
     def _ask(self, kind: int, X: Tensor) -> Tensor:
         self._say(kind, X)
-        self._team.copied(X.contiguous(), self._owner)
+        if kind != _ENERGY:
+            self._team.copied(X.contiguous(), self._owner)
         total = self._team.summed(self._part(kind, X))
         if self._failure is not None:
             raise self._failure
@@ -227,31 +226,50 @@ class _Products:
             )
         return total
 
-    def _place(self, kind: int) -> torch.device:
-        return torch.device("cpu") if kind == _COLUMNS else self._device
-
     def _say(self, kind: int, X: Tensor) -> None:
         self._team.copied(torch.tensor([kind, *X.shape, 0, 0, 0][:4]), self._owner)
 
     def _heard(self) -> list[int]:
-        kind, *shape = self._team.copied(torch.zeros(4, dtype=torch.int64), self._owner).tolist()
-        return [kind, *(shape[:1] if kind == _COLUMNS else shape)]
+        return self._team.copied(torch.zeros(4, dtype=torch.int64), self._owner).tolist()
 
     def _part(self, kind: int, X: Tensor) -> Tensor:
+        """This rank's part of a product, float32, or of ‖ΔW‖_F², float64."""
+        if kind == _ENERGY:
+            return self._squares()
         stack = self._stack
+        make: Callable[[Stack, Tensor], Tensor] = cpu.project if kind == _APPLY else cpu.project_t
+        shape = (stack.batch, stack.m if kind == _APPLY else stack.n, X.shape[2])
+        return self._tried(lambda: make(stack, X), shape)
+
+    def _squares(self) -> Tensor:
+        """Σ over the tiles of ΔW that this rank squares, (b,) float64; each rank has every so many-th."""
+        stack, team = self._stack, self._team
+        squares = torch.zeros(stack.batch, dtype=torch.float64, device=self._device)
+        on_its_way: Callable[[], Tensor | None] | None = None
+
+        def arrived(tile: Tensor | None) -> None:
+            if tile is not None:
+                squares.add_(torch.linalg.vector_norm(tile.flatten(1), dim=1, dtype=torch.float64).square())
+
+        for i, lo in enumerate(range(0, stack.n, _TILE)):
+            tile = self._columns(lo, min(lo + _TILE, stack.n))
+            if on_its_way is not None:
+                arrived(on_its_way())
+            on_its_way = team.summed_at(tile, i % team.size)
+        if on_its_way is not None:
+            arrived(on_its_way())
+        return squares
+
+    def _columns(self, lo: int, hi: int) -> Tensor:
+        """Columns of this rank's ΔW, (b, m, hi − lo) float32."""
+        stack = self._stack
+        blocks = [Block(block.B, block.A[:, :, lo:hi], block.d) for block in stack.blocks]
+        tile = Stack(blocks, stack.m, hi - lo, stack.batch)
+        return self._tried(lambda: cpu.materialize(tile), (stack.batch, stack.m, hi - lo))
+
+    def _tried(self, make: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
         try:
-            if kind == _COLUMNS:
-                lo, hi = X.tolist()
-                blocks = [Block(block.B, block.A[:, :, lo:hi], block.d) for block in stack.blocks]
-                part = cpu.materialize(Stack(blocks, stack.m, hi - lo, stack.batch)).to(self._device)
-            else:
-                make: Callable[[Stack, Tensor], Tensor] = cpu.project if kind == _APPLY else cpu.project_t
-                part = make(stack, X).to(self._device)
-            return part.contiguous()
+            return make().to(self._device).contiguous()
         except (FlexLoRAError, RuntimeError, MemoryError, ValueError) as error:
             self._failure = self._failure or error
-            if kind == _COLUMNS:
-                shape = (stack.batch, stack.m, int(X[1] - X[0]))
-            else:
-                shape = (stack.batch, stack.m if kind == _APPLY else stack.n, X.shape[2])
             return torch.full(shape, float("nan"), device=self._device)

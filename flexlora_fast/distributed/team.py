@@ -182,6 +182,22 @@ class Team:
             dist.all_reduce(X, group=self._group_for(X))
         return X
 
+    def summed_at(self, X: Tensor, rank: int) -> Callable[[], Tensor | None]:
+        """Begin to sum X up over the ranks, for one of them. What is returned waits for it, and gives that rank the sum;
+        until then X is not to be touched.
+        """
+        group, device = self._group_for(X), X.device
+        X = X.cpu() if group is not None else X  # gloo's reduce is none for GPUs
+        with self._talking():
+            work = dist.reduce(X, dst=rank, group=group, async_op=True)
+
+        def wait() -> Tensor | None:
+            with self._talking():
+                work.wait()
+            return X.to(device) if rank == self.rank else None
+
+        return wait
+
     def _group_for(self, X: Tensor) -> Any:
         return None if X.is_cuda and "nccl" in str(dist.get_backend_config()) else self._data
 
