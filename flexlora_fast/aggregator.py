@@ -56,7 +56,8 @@ class Aggregator:
 
     Args:
         rank: columns to keep in each layer; None keeps the largest rank any client sent there.
-        method: "flexlora", "fedit", "hetlora" or a :class:`~flexlora_fast.methods.Method`.
+        method: a name of ``methods.METHODS`` (`flexlora-fast methods` lists them; with settings
+            "florist:tau=0.95"), or a :class:`~flexlora_fast.methods.Method`.
         solver: "auto" lets the planner choose for each layer; or one of ``lowrank.plan.SOLVERS``.
         tol: bound on the excess of iterative solvers; 0 asks for exact ones.
         device: where to compute ("cpu", "cuda", …; default: CPU).
@@ -154,8 +155,8 @@ class Aggregator:
         self.min_clients, self.min_weight = min_clients, min_weight
         if isinstance(self.defence, Coordinates) and not self.method.uniform:
             raise OptionError(
-                f"defence {self.defence.name!r} takes the place of the sum over clients, which method "
-                f"{self.method.name!r} has not; use method 'flexlora', or another rule"
+                f"defence {self.defence.name!r} takes the place of the sum over clients, and method "
+                f"{self.method.name!r} is not made from such a sum alone; use method 'flexlora', or another rule"
             )
         quorum = min_clients > 1 or min_weight > 0
         summed = mechanism.Summed(rank, self.method, self.solver, missing, self.defence, quorum)
@@ -290,7 +291,7 @@ class Aggregator:
             layer_updates={},
             clients=[finishing.record(client) for client in judged],
             refused=list(self.refused),
-            method=self.method.name,
+            method=str(self.method),
             seed=self.seed,
             template=finishing.template(clients) if self._private is None else dict(self._private.config),
             seconds={"collect": time.perf_counter() - self._started},

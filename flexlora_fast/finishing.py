@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from flexlora_fast import config as configs
-from flexlora_fast import extras, files, storage
+from flexlora_fast import extras, files, outcome, storage
 from flexlora_fast.config import Config
 from flexlora_fast.progress import track
 from flexlora_fast.readahead import ReadAhead
@@ -91,7 +91,7 @@ def solve_layers(
         pending: Future[None] | None = None
         updates = work.solved(pieces)
         for _ in track(work.plans, "layers", progress):
-            update = next(updates)
+            update = outcome.limited(work.settings.method, next(updates))
             if pending is not None:
                 pending.result()  # at most one layer waits, and an error stops the round
             pending = writer.submit(take, update)

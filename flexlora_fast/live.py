@@ -33,7 +33,7 @@ def snapshot(
     """
     from peft import get_peft_model_state_dict
 
-    model, config = _peft_model(model, adapter_name, client)
+    model, config = peft_model(model, adapter_name, client)
     layers = lora_layers(model, adapter_name)
     facts = {layer: _facts(layer, module, layers, client) for layer, module in layers.items()}
     # full embeddings are base weights, not the adapter's; "auto" would send them along
@@ -51,12 +51,12 @@ def snapshot(
 
 def config(model: Any, adapter_name: str) -> Config:
     """The config of an adapter, checked to be plain LoRA; a copy."""
-    return _peft_model(model, adapter_name, None)[1]
+    return peft_model(model, adapter_name, None)[1]
 
 
 def ranks(model: Any, adapter_name: str) -> dict[str, int]:
     """The rank that each layer of an adapter has now, by layer name."""
-    model, _ = _peft_model(model, adapter_name, None)
+    model, _ = peft_model(model, adapter_name, None)
     layers = lora_layers(model, adapter_name)
     return {layer: _rank(module, adapter_name, _facts(layer, module, layers, None)) for layer, module in layers.items()}
 
@@ -88,7 +88,7 @@ def load(adapter: Adapter, model: Any, adapter_name: str) -> bool:
     The caller's inference mode is left for the call: parameters made in it could never be trained, nor written
     again outside it.
     """
-    model, config = _peft_model(model, adapter_name, adapter.client)
+    model, config = peft_model(model, adapter_name, adapter.client)
     layers = lora_layers(model, adapter_name)
     facts = {layer: _facts(layer, module, layers, adapter.client) for layer, module in layers.items()}
     _check_layers(adapter, layers, facts, adapter_name)
@@ -107,7 +107,7 @@ def load(adapter: Adapter, model: Any, adapter_name: str) -> bool:
     for layer, module in layers.items():
         alpha = configs.alpha_for(config, names[layer])
         alpha = int(alpha) if alpha.is_integer() else alpha
-        with _mode_of(parameters(module, adapter_name)[0]):
+        with mode_of(parameters(module, adapter_name)[0]):
             if layer in resized:
                 _resize(module, adapter_name, ranks[layer], alpha, live_config)
             _write(adapter, layer, module, adapter_name)
@@ -115,7 +115,7 @@ def load(adapter: Adapter, model: Any, adapter_name: str) -> bool:
             module.lora_alpha[adapter_name] = alpha
             set_scale(module, adapter_name, scales[layer])
     for key, target in extras.items():
-        with _mode_of(target):
+        with mode_of(target):
             target.copy_(adapter.extras[key])
     for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         setattr(live_config, field, config[field])
@@ -125,7 +125,7 @@ def load(adapter: Adapter, model: Any, adapter_name: str) -> bool:
 # -- the model ---
 
 
-def _peft_model(model: Any, adapter_name: str, client: str | None) -> tuple[Any, Config]:
+def peft_model(model: Any, adapter_name: str, client: str | None) -> tuple[Any, Config]:
     """The model that holds the adapter, and the adapter's config, checked to be plain LoRA."""
     model = getattr(model, "_orig_mod", model)  # torch.compile
     adapters = getattr(model, "peft_config", None)
@@ -309,7 +309,7 @@ def _extra_targets(adapter: Adapter, model: Any, adapter_name: str) -> dict[str,
 
 
 @contextmanager
-def _mode_of(target: Tensor) -> Iterator[None]:
+def mode_of(target: Tensor) -> Iterator[None]:
     """Write as the tensor that is written allows it: one made in inference mode only there. No autograd."""
     with torch.inference_mode(target.is_inference()), torch.no_grad():
         yield

@@ -19,17 +19,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexlora_fast import devices, extras, finishing, methods, storage
+from flexlora_fast import devices, extras, finishing, methods, outcome, storage
 from flexlora_fast.admission import facts_of, geometry, is_weight
 from flexlora_fast.errors import AdapterError, EmptyRoundError, IncompatibleAdapterError, OptionError, WeightError
 from flexlora_fast.files import replace
+from flexlora_fast.layer import LayerUpdate
+from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.plan import check_solver
 from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.methods import Contribution, Method
 from flexlora_fast.precision import full_precision
 from flexlora_fast.skeleton import Form
 from flexlora_fast.stack import Stack
-from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate
+from flexlora_fast.update import ClientRecord, GlobalUpdate
 
 # An energy that was estimated is taken this many standard errors larger.
 _STANDARD_ERRORS = 3
@@ -197,11 +199,11 @@ def _common(edges: Sequence[_Edge]) -> tuple[Method, str]:
             f"{private} is of a private round, and what several of them cost together is not known here; make one "
             "private round of all clients, or one round of these updates' adapters"
         )
-    known = methods.METHODS.get(first.update.method)
+    known = _method(first.update.method)
     if known is None or not known.linear:
         raise OptionError(
             f"updates of method {first.update.method!r} do not add up to that of all clients; aggregate these in one "
-            "round, or use method 'flexlora' or 'fedit'"
+            "round, or use one of {', '.join(name for name, m in methods.METHODS.items() if m.linear)}"
         )
     owners = dict[str, str]()
     for edge in edges:
@@ -220,7 +222,15 @@ def _common(edges: Sequence[_Edge]) -> tuple[Method, str]:
                     "names= for the updates",
                     client=client.name,
                 )
-    return known(), first.update.missing
+    return known, first.update.missing
+
+
+def _method(text: str) -> Method | None:
+    """The method that an update was made with; None for one of somebody's own, and for sums that no round made."""
+    try:
+        return methods.get(text)
+    except OptionError:
+        return None
 
 
 def _frame(edges: Sequence[_Edge]) -> GlobalUpdate:
@@ -277,19 +287,31 @@ def _layer(
             part = share * layer.bias.double()
             bias = part if bias is None else bias + part
     spec, columns = _first(having, name).spec, max(c.rank for c in contributions)
-    stack = Stack(method.blocks(contributions), spec.m, spec.n, spec.experts)
     seed = edges[0].update.seed
-    f = solve(stack, rank or columns, solver=solver, tol=tol, seed=seed, name=name)
-    error = None if f.energy_error is None else f.energy_error.cpu()
-    f = dataclasses.replace(f, U=f.U.cpu(), S=f.S.cpu(), V=f.V.cpu(), energy=f.energy.cpu(), energy_error=error)
-    averaged = (stack.P.cpu(), stack.Q.cpu()) if method.output == "slice" else None
-    return LayerUpdate(spec, f, stack.R, averaged, None if bias is None else bias.float(), inherited)
+
+    def solved(stack: Stack, columns: int) -> Factorization:
+        f = solve(stack, columns, solver=solver, tol=tol, seed=seed, name=name)
+        error = None if f.energy_error is None else f.energy_error.cpu()
+        return dataclasses.replace(f, U=f.U.cpu(), S=f.S.cpu(), V=f.V.cpu(), energy=f.energy.cpu(), energy_error=error)
+
+    mean = None if bias is None else bias.float()
+    update = outcome.of_contributions(
+        method, spec, contributions, rank or columns, solved, lambda stack: None, mean, inherited
+    )
+    return outcome.limited(method, update)
 
 
 def _factors(layer: LayerUpdate) -> tuple[Tensor, Tensor]:
     """B (E, m, r) and A (E, r, n) whose product is all that the update keeps; averaged factors as they are."""
     if layer.averaged is not None:
         return layer.averaged
+    if layer.base is not None:  # all of ΔW
+        dense = layer.base[0]
+        return (
+            (layer.base[0], layer.base[1])
+            if len(layer.base) > 1
+            else (dense, torch.eye(dense.shape[2]).repeat(len(dense), 1, 1))
+        )
     f = layer.factorization
     # S is split between the two: singular values beyond float32 would not fit into one of them.
     root = f.S.sqrt()
@@ -298,7 +320,7 @@ def _factors(layer: LayerUpdate) -> tuple[Tensor, Tensor]:
 
 def _left_out(layer: LayerUpdate) -> float:
     """A bound of ‖ΔW − X‖_F for what an update keeps of its layer: all of it (0), or as its certificate says."""
-    if layer.averaged is not None or layer.complete:
+    if layer.averaged is not None or layer.base is not None or layer.complete:
         return layer.inherited
     beyond = layer.energy + _STANDARD_ERRORS * layer.energy_error - float(layer.factorization.S.square().sum())
     return layer.inherited + max(0.0, beyond) ** 0.5

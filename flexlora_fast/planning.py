@@ -119,12 +119,14 @@ def plan_layer(name: str, having: Sequence[tuple[Skeleton, int]], of: Settings) 
         return _by_coordinates(name, having, of, rank, nbytes)
     if of.shard == "clients":
         return _spread(name, having, of)
-    columns = total_rank if of.method.output == "svd" else widest
+    columns = total_rank if of.method.stacked else widest
     kept = min(rank, columns, spec.m, spec.n)
     shape = plan.Shape(spec.m, spec.n, columns, kept, of.tol, spec.experts, of.certificate)
     grouped = of.device.type != "cpu" and of.method.output == "svd"
     solver = plan.choose(shape, plan.constants_of(of.device), grouped=grouped) if of.solver == "auto" else of.solver
-    whole = LayerPlan(spec, total_rank, rank, False, nbytes, memory.scratch(solver, shape), solver == "filtered")
+    beside = 8 * spec.experts * (spec.m + spec.n) * columns if of.method.merges else 0  # what goes into frozen weights
+    scratch = memory.scratch(solver, shape) + beside
+    whole = LayerPlan(spec, total_rank, rank, False, nbytes, scratch, solver == "filtered")
     whole = dataclasses.replace(whole, grouped=whole.grouped and of.method.output == "svd")
     least, needs = whole, _needs(whole, of)
     if of.method.folds:
@@ -235,7 +237,7 @@ def _spread(name: str, having: Sequence[tuple[Skeleton, int]], of: Settings) -> 
 def seconds(layer: LayerPlan, of: Settings) -> float:
     """What one rank is expected to take for a layer, by the cost model."""
     spec, c = layer.spec, plan.constants_of(of.device)
-    columns = layer.total_rank if of.method.output == "svd" else layer.rank
+    columns = layer.total_rank if of.method.stacked else layer.rank
     kept = min(layer.rank, columns, spec.m, spec.n)
     costs = plan.seconds(plan.Shape(spec.m, spec.n, columns, kept, of.tol, spec.experts, of.certificate), c)
     if layer.folded or of.coordinates is not None:

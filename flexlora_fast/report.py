@@ -80,7 +80,7 @@ class Report:
 
     def _row(self, layer: LayerUpdate) -> dict[str, Any]:
         curve = energy_curve(layer)
-        energy = {rank: _at(curve, rank, layer.complete) for rank in self.ranks}
+        energy = {rank: _at(curve, rank, layer.any_rank) for rank in self.ranks}
         spec, spectrum = layer.spec, layer.factorization.S  # (E, k)
         return {
             "layer": layer.name,
@@ -341,7 +341,7 @@ def stable_rank(energy: Tensor, spectrum: Tensor) -> float:
 
 def energy_curve(layer: LayerUpdate) -> Tensor:
     """The share of energy that an adapter of rank 0, 1, … keeps: (k+1,) float64, as ``energy_kept`` gives it."""
-    if not layer.energy:
+    if not layer.energy or layer.fresh:
         return torch.ones(layer.rank + 1, dtype=torch.float64)
     if layer.averaged:
         # All slices at once: error² at rank r is the sum of the Gram's block [r:, r:].
@@ -353,11 +353,11 @@ def energy_curve(layer: LayerUpdate) -> Tensor:
     return (kept / layer.energy).clamp_max(1.0)
 
 
-def _at(curve: Tensor, rank: int, complete: bool) -> float | None:
+def _at(curve: Tensor, rank: int, any_rank: bool) -> float | None:
     """Energy kept at a rank; None beyond what is kept."""
     if rank < curve.numel():
         return float(curve[rank])
-    return float(curve[-1]) if complete else None
+    return float(curve[-1]) if any_rank else None
 
 
 def grouped(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -14,13 +14,13 @@ from flexlora_fast import memory
 from flexlora_fast.backends import groups
 from flexlora_fast.backends.group import Group
 from flexlora_fast.backends.transfer import so_far
+from flexlora_fast.layer import LayerUpdate
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.grouped import How, Layers, Stacks, alone, begin_group
 from flexlora_fast.planning import PARTS, LayerPlan, Settings
 from flexlora_fast.precision import full_precision
 from flexlora_fast.stack import Stack
 from flexlora_fast.streamed import Brought, summed
-from flexlora_fast.update import LayerUpdate
 
 if TYPE_CHECKING:
     from flexlora_fast.work import Work

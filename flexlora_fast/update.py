@@ -1,4 +1,4 @@
-"""The global update of a round: certified leading triplets of every layer, and the adapters made from them."""
+"""The global update of a round: the certified updates of its layers, and the adapters made from them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from flexlora_fast import config as configs
 from flexlora_fast import layouts
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.defence.base import Verdict
-from flexlora_fast.errors import AdapterError, OptionError, RankError
-from flexlora_fast.factors import SPLITS, Split, check_representable, copy_as, descale, pad, split_triplets
-from flexlora_fast.layouts import LayerSpec
-from flexlora_fast.lowrank.factorization import Factorization
-from flexlora_fast.lowrank.random import stream
+from flexlora_fast.errors import AdapterError, OptionError
+from flexlora_fast.factors import SPLITS, Split, check_representable, copy_as, descale
+from flexlora_fast.layer import LayerUpdate
 from flexlora_fast.precision import full_precision
 from flexlora_fast.privacy import Spent
 
@@ -55,134 +53,6 @@ class Refusal:
     client: str
     reason: str
     code: str = ""
-
-
-@dataclass(frozen=True)
-class LayerUpdate:
-    """ΔW of one layer as its leading singular triplets, with their certificate.
-
-    Attributes:
-        spec: names and shapes of the layer.
-        factorization: U (E, m, k), S (E, k), V (E, n, k), energy (E,); E is 1 but for MoE experts.
-        total_rank: R, the sum of the clients' ranks in this layer; min(m, n) where they are secret (``secure``).
-        averaged: for methods that average factors (``output = "slice"``), their B̄ (E, m, r) and Ā (E, r, n), whole:
-            adapters are then their first columns instead of singular triplets.
-        bias: Σ w·s·(lora_B.bias) (m,), where clients train one.
-        inherited: in a merged update, a bound of ‖·‖_F of what the updates it was made of had left out of ΔW. All
-            else here is of what they kept: ``norm`` is within ``inherited`` of ‖ΔW‖_F, and ``error`` has it in it.
-    """
-
-    spec: LayerSpec
-    factorization: Factorization
-    total_rank: int
-    averaged: tuple[Tensor, Tensor] | None = None
-    bias: Tensor | None = None
-    inherited: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def S(self) -> Tensor:
-        """The kept spectrum, float64, descending: (k,), or (E, k) for the experts of a MoE layer."""
-        S = self.factorization.S
-        return S if self.spec.kind == "moe" else S[0]
-
-    @property
-    def rank(self) -> int:
-        """k, the largest rank an adapter can be cut to."""
-        return self.averaged[1].shape[1] if self.averaged and self.complete else self.factorization.S.shape[1]
-
-    @property
-    def energy(self) -> float:
-        """‖ΔW‖_F² (over all experts), float64."""
-        return float(self.factorization.energy.sum())
-
-    @property
-    def energy_error(self) -> float:
-        """Standard error of ``energy`` where it was estimated (``certificate="estimate"``); 0 where it was computed."""
-        error = self.factorization.energy_error
-        return 0.0 if error is None else float(error.square().sum().sqrt())
-
-    @property
-    def norm(self) -> float:
-        """‖ΔW‖_F."""
-        return self.energy**0.5
-
-    @property
-    def solver(self) -> str:
-        return self.factorization.solver
-
-    @property
-    def iterations(self) -> int:
-        return self.factorization.iterations
-
-    @property
-    def excess(self) -> float:
-        """Estimated excess of the rank-k result; 0 where the solver is exact."""
-        return self.factorization.excess
-
-    @property
-    def complete(self) -> bool:
-        """Whether the triplets hold all of ΔW, so that any higher rank is as good."""
-        return self.factorization.S.shape[1] >= min(self.total_rank, self.spec.m, self.spec.n)
-
-    def error(self, rank: int) -> float:
-        """‖ΔW − ΔW_rank‖_F of the adapter of that rank: √(‖ΔW‖_F² − Σ_{j≤rank} σ_j²); of a merged update with
-        ``inherited`` an upper bound of it.
-
-        Resolved down to about 1e-8·‖ΔW‖ for exact solvers and 5e-4·‖ΔW‖ for those that iterate in float32; its
-        standard error is energy_error / (2·error) where the energy was estimated.
-        Raises ``RankError`` beyond what is kept, unless nothing was cut off.
-        """
-        return self.cut_off(rank) + self.inherited
-
-    def cut_off(self, rank: int) -> float:
-        """‖·‖_F of what an adapter of that rank leaves out of what is known here: ``error`` but for ``inherited``."""
-        self.check_rank(rank, lowest=0)
-        if self.averaged:
-            return self._slice_error(rank)
-        kept = float(self.factorization.S[:, :rank].square().sum())
-        return max(0.0, self.energy - kept) ** 0.5
-
-    def energy_kept(self, rank: int) -> float:
-        """The share of ‖ΔW‖_F² that an adapter of that rank holds, 0…1 (1 where ΔW is zero); of what was kept of it,
-        where there is something ``inherited``.
-        """
-        return 1.0 - self.cut_off(rank) ** 2 / self.energy if self.energy else 1.0
-
-    def check_rank(self, rank: int, lowest: int = 1) -> None:
-        if isinstance(rank, bool) or not isinstance(rank, int):
-            raise RankError(f"rank {rank!r} is no integer", layer=self.name)
-        if rank < lowest:
-            raise RankError(f"rank {rank} is below {lowest}", layer=self.name)
-        if rank > self.rank and not self.complete:
-            raise RankError(
-                f"rank {rank} is more than the {self.rank} triplets this update keeps; "
-                f"aggregate again with rank={rank} or more",
-                layer=self.name,
-            )
-
-    def _slice_error(self, rank: int) -> float:
-        """‖B̄·Ā − B̄[:, :rank]·Ā[:rank]‖_F: the norm of the columns cut off, from their Grams in float64."""
-        assert self.averaged is not None
-        B, A = (X.double() for X in self.averaged)
-        B, A = B[:, :, rank:], A[:, rank:]
-        return float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0)) ** 0.5
-
-    def factors(self, rank: int, split: Split, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """A (E, rank, n) and B (E, m, rank), float32, with B·A = ΔW_rank; the scale is not in them.
-
-        Columns beyond the rank of ΔW hold no update but stay trainable: one factor is zero, the other has unit
-        rows (as LoRA's own initialisation has).
-        """
-        self.check_rank(rank)
-        if self.averaged:
-            B, A = self.averaged
-            return pad(A[:, :rank], B[:, :, :rank], rank, split, stream(seed, self.name))
-        A, B = split_triplets(self.factorization, rank, split)
-        return pad(A, B, rank, split, stream(seed, self.name))
 
 
 @dataclass(frozen=True)
@@ -242,18 +112,43 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
 
     @full_precision()
     def delta(self, layer: str, rank: int | None = None, layout: str = "matrix") -> Tensor:
-        """The dense update of one layer cut to ``rank`` (default: all that is kept), float32.
+        """The dense update of one layer cut to ``rank`` (default: all that is kept), float32: what an adapter of that
+        rank adds to the weight, with what goes into the frozen weight itself, where the method has such.
 
         (m, n), or (E, m, n) for MoE; with ``layout="weight"`` in the layout of the weight itself.
         """
         update = self[layer]
+        base = update.base_delta()
+        if update.fresh and base is not None:
+            update.check_rank(update.rank if rank is None else rank)
+            return _laid_out(update, base.clone(), layout)
         A, B = update.factors(update.rank if rank is None else rank, "B", self.seed)
-        delta = B @ A
-        if layout == "weight":
-            return layouts.to_weight_layout(update.spec, delta)
-        if layout != "matrix":
-            raise OptionError(f"layout {layout!r} is neither 'matrix' nor 'weight'")
-        return delta if update.spec.kind == "moe" else delta[0]
+        return _laid_out(update, B @ A if base is None else base + B @ A, layout)
+
+    @full_precision()
+    def base_delta(self, layer: str, layout: str = "matrix") -> Tensor | None:
+        """What every client adds to its frozen weight of one layer after the round, (m, n) float32 ((E, m, n) for MoE;
+        with ``layout="weight"`` in the layout of the weight itself). None where that is nothing: for all methods but
+        those that say ``merges`` (FLoRA, FedEx-LoRA).
+        """
+        update = self[layer]
+        base = update.base_delta()
+        return None if base is None else _laid_out(update, base.clone(), layout)
+
+    def merge_into(self, model: Any, adapter_name: str = "default") -> list[str]:
+        """Add ``base_delta`` of every layer to the frozen weights of a live PEFT model. Returns the layers' names.
+
+        Each client does so once after each round, whatever its rank and whether or not it took part, and then loads
+        its new adapter (``adapter``, ``Adapter.load_into``). Layers that its adapter lacks get their part as well.
+        Sums are float32, rounded once to the weight's own dtype. Nothing is written where anything does not fit.
+
+        Raises:
+            AdapterError: no PEFT model, or weights without values. IncompatibleAdapterError: a layer that the model has
+            not, or of another shape. UnsupportedAdapterError: quantized weights, or weights that are tied to others.
+        """
+        from flexlora_fast import frozen
+
+        return frozen.merge(self, model, adapter_name)
 
     def adapter(
         self,
@@ -302,7 +197,7 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             return self._build(config, ranks, configs.extras_for(config, self.extras), split, dtype, None)
         if rank is None:
             rank = max(update.rank for update in self.values())
-            ranks = {name: rank if update.complete else min(rank, update.rank) for name, update in self.items()}
+            ranks = {name: rank if update.any_rank else min(rank, update.rank) for name, update in self.items()}
         else:
             ranks = dict.fromkeys(self.layers, rank)
             for update in self.values():
@@ -346,13 +241,16 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
     ) -> Adapter:
         config, dtype = configs.normalize(config), dtype or torch.float32
         factors, scales, biases = {}, {}, {}
-        for layer, rank in ranks.items():
+        for layer, wanted in ranks.items():
             update = self[layer]
+            rank = update.given(wanted)
             scale = configs.scale_for(config, update.spec.pattern_name, rank)
             if scale == 0:
                 raise OptionError("alpha is 0 here, so no adapter can hold the update; give another alpha", layer=layer)
-            A, B = update.factors(rank, split, self.seed)
-            A, B = descale(A, B, scale, split, sliced=update.averaged is not None)
+            A, B = update.factors(rank, split, self.seed, client or "")
+            if not update.fresh:
+                sliced = update.averaged is not None and not update.frozen
+                A, B = descale(A, B, scale, "B" if update.frozen else split, sliced=sliced)
             # Copies: an adapter is trained in place, and neither this update nor another adapter may see it.
             factors[layer] = (copy_as(A, dtype), copy_as(B, dtype))
             scales[layer] = scale
@@ -414,3 +312,12 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
     def solvers(self) -> Counter[str]:
         """How many layers each solver took."""
         return Counter(update.solver for update in self.values())
+
+
+def _laid_out(update: LayerUpdate, delta: Tensor, layout: str) -> Tensor:
+    """(E, m, n) as (m, n) but for MoE, or as the weight itself is stored."""
+    if layout == "weight":
+        return layouts.to_weight_layout(update.spec, delta)
+    if layout != "matrix":
+        raise OptionError(f"layout {layout!r} is neither 'matrix' nor 'weight'")
+    return delta if update.spec.kind == "moe" else delta[0]

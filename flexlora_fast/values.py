@@ -11,7 +11,7 @@ from torch import Tensor
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.lowrank.solve import LARGEST
 from flexlora_fast.methods import Contribution
-from flexlora_fast.methods.averaging import update_norm
+from flexlora_fast.methods.averages import update_norm
 
 # Bounds of norms below this settle the matter: they are finite, so no entry is NaN or infinite, and with a scale below
 # it as well the product of two is below LARGEST.

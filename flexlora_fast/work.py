@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexlora_fast import memory, planning, together, values
+from flexlora_fast import memory, outcome, planning, together, values
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.defence.coordinates import Coordinates, combined, combined_bias
 from flexlora_fast.errors import FlexLoRAError
 from flexlora_fast.incremental import KeptGrams
+from flexlora_fast.layer import LayerUpdate
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.accumulate import Accumulator
 from flexlora_fast.lowrank.factorization import Factorization
@@ -33,7 +34,6 @@ from flexlora_fast.resident import Resident
 from flexlora_fast.stack import Stack
 from flexlora_fast.stored import Stored
 from flexlora_fast.streamed import Brought, Stream
-from flexlora_fast.update import LayerUpdate
 
 _READ_AHEAD = 64 * 1024**2  # bytes that are read ahead at least, where the limit has room for them
 
@@ -204,8 +204,7 @@ class Work:
         if layer.folded:
             result, bias = self.summed(layer, pieces)
             return LayerUpdate(layer.spec, self.brought(result), layer.total_rank, None, bias)
-        result, averaged, total_rank, bias = self._whole(layer, next(pieces))
-        return LayerUpdate(layer.spec, self.brought(result), total_rank, averaged, bias)
+        return self._whole(layer, next(pieces))
 
     def _by_coordinates(self, rule: Coordinates, layer: LayerPlan, piece: Piece) -> tuple[Factorization, Tensor | None]:
         of, spec = self.settings, layer.spec
@@ -253,27 +252,20 @@ class Work:
         f = dataclasses.replace(f, S=f.S.cpu(), energy=f.energy.cpu(), energy_error=error)
         return f if self.settings.results == "device" else dataclasses.replace(f, U=f.U.cpu(), V=f.V.cpu())
 
-    def _whole(
-        self, layer: LayerPlan, piece: Piece
-    ) -> tuple[Factorization, tuple[Tensor, Tensor] | None, int, Tensor | None]:
-        of, spec = self.settings, layer.spec
-        stack, bias = self.stack_of(spec, piece)
-        if (table := self.grams) is not None:
-            factors = [(c.client, c.B, c.A) for c in piece.contributions]
-            stack.grams = lambda: table.of(spec.name, factors)
-        result = solve(
-            stack,
-            layer.rank,
-            solver=of.solver,
-            tol=of.tol,
-            seed=of.seed,
-            name=spec.name,
-            certificate=of.certificate,
-        )
-        averaged = None
-        if of.method.output == "slice":
-            averaged = (stack.P.cpu(), stack.Q.cpu())  # whole: the error of a slice is what it leaves behind
-        return result, averaged, stack.R, bias
+    def _whole(self, layer: LayerPlan, piece: Piece) -> LayerUpdate:
+        of, spec, bias = self.settings, layer.spec, _Bias()
+        contributions = self._contributions(spec, piece, bias)
+
+        def solved(stack: Stack, rank: int) -> Factorization:
+            how: Any = {"solver": of.solver, "tol": of.tol, "seed": of.seed, "certificate": of.certificate}
+            return self.brought(solve(stack, rank, name=spec.name, **how))
+
+        def known(stack: Stack) -> None:
+            if (table := self.grams) is not None:
+                factors = [(c.client, c.B, c.A) for c in piece.contributions]
+                stack.grams = lambda: table.of(spec.name, factors)
+
+        return outcome.of_contributions(of.method, spec, contributions, layer.rank, solved, known, bias.mean)
 
     def summed(self, layer: LayerPlan, pieces: Iterator[Piece]) -> tuple[Factorization, Tensor | None]:
         """A folded layer solved by itself, and its averaged bias."""
@@ -301,10 +293,13 @@ class Work:
 
     def _stack(self, spec: LayerSpec, piece: Piece, bias: _Bias) -> Stack:
         """Check what was read, and put it side by side."""
+        return outcome.stack_of(self.settings.method, spec, self._contributions(spec, piece, bias))
+
+    def _contributions(self, spec: LayerSpec, piece: Piece, bias: _Bias) -> list[Contribution]:
         contributions = self.checked(spec, piece)
         for c, b in zip(contributions, piece.biases, strict=True):
             bias.add(c, b)
-        return Stack(self.settings.method.blocks(contributions), spec.m, spec.n, spec.experts)
+        return contributions
 
     def checked(self, spec: LayerSpec, piece: Piece) -> list[Contribution]:
         """The contributions of a piece on the device, once their values are known to be good.

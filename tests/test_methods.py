@@ -11,7 +11,7 @@ import torch
 import flexlora_fast as ff
 from flexlora_fast.errors import OptionError
 from flexlora_fast.methods import METHODS, Contribution, Method, get
-from flexlora_fast.methods.averaging import update_norm
+from flexlora_fast.methods.averages import update_norm
 from flexlora_fast.stack import Block, Stack
 from tests import oracle, rounds
 from tests.rounds import Client, Layer

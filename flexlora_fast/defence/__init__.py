@@ -7,8 +7,7 @@ Krum(byzantine=2)
 
 from __future__ import annotations
 
-from typing import Any
-
+from flexlora_fast import named
 from flexlora_fast.defence.base import Defence, Judgement, Rule, Verdict
 from flexlora_fast.defence.clip import CentredClipping, Clip
 from flexlora_fast.defence.coordinates import Coordinates, Median, TrimmedMean
@@ -65,26 +64,4 @@ def get(defence: str | Defence | Coordinates | None) -> Defence | Coordinates | 
             f"defence {defence!r} is no rule; give one of {', '.join(RULES)}, or an instance with name, reference "
             "and judge()"
         )
-    name, _, text = defence.partition(":")
-    if name not in RULES:
-        raise OptionError(f"defence {name!r} is not one of {', '.join(RULES)}")
-    settings: dict[str, Any] = {}
-    known = list(getattr(RULES[name], "__dataclass_fields__", {}))
-    for item in filter(None, text.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals or key not in known:
-            raise OptionError(f"defence {name!r} has no setting {item!r}; it has {', '.join(known) or 'none'}")
-        settings[key] = _value(value)
-    return RULES[name](**settings)  # type: ignore[return-value]
-
-
-def _value(text: str) -> Any:
-    """A number or None where it reads as one, else the text."""
-    if text == "None":
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    return named.made(defence, RULES, "defence")  # type: ignore[return-value]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -10,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from flexlora_fast import named
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import OptionError
 
@@ -89,12 +89,7 @@ class Rule:
 
     def __str__(self) -> str:
         """As ``defence=`` would take it, settings that are not the default included."""
-        settings = []
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if not isinstance(value, Adapter) and value != field.default:
-                settings.append(f"{field.name}={value}")
-        return f"{self.name}:{','.join(settings)}" if settings else self.name
+        return named.spelled(self)
 
 
 def norms_of(gram: Tensor) -> Tensor:

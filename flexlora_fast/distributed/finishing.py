@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flexlora_fast import extras, files, finishing, storage
+from flexlora_fast import extras, files, finishing, outcome, storage
 from flexlora_fast.distributed import parts, spread
 from flexlora_fast.distributed.sharding import balanced, owned, owners
 from flexlora_fast.distributed.team import Team
@@ -62,12 +62,12 @@ def _jointly(team: Team, work: Work, plans: list[LayerPlan], home: dict[str, int
             job = spread.begin(team, work, plan, rank)
             if job is not None:
                 jobs[plan.spec.name] = job
-        solved |= team.run(partial(_done, jobs))
+        solved |= team.run(partial(_done, work, jobs))
     return solved
 
 
-def _done(jobs: Mapping[str, Callable[[], LayerUpdate]]) -> dict[str, LayerUpdate]:
-    return {name: job() for name, job in jobs.items()}
+def _done(work: Work, jobs: Mapping[str, Callable[[], LayerUpdate]]) -> dict[str, LayerUpdate]:
+    return {name: outcome.limited(work.settings.method, job()) for name, job in jobs.items()}
 
 
 def _brought(

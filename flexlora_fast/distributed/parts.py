@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.distributed.team import Stopped, Team
+from flexlora_fast.layer import LayerUpdate
 from flexlora_fast.lowrank.factorization import Factorization
-from flexlora_fast.update import LayerUpdate
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Aggregator(aggregator.Aggregator):
         clients = [(name, self._clients[name]) for name in self.clients]
         skeletons = {id(client.source.skeleton): client.source.skeleton for _, client in clients}
         told = {i: _digest(repr((s.config, s.specs, s.ranks, s.scales, s.forms))) for i, s in skeletons.items()}
-        options = self.rank, self.method.name, self.solver, self.tol, self.seed, self.missing, self.certificate
+        options = self.rank, str(self.method), self.solver, self.tol, self.seed, self.missing, self.certificate
         return {
             "version": flexlora_fast.__version__,
             "options": repr((*options, str(self.defence), self.shard)),

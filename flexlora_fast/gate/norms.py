@@ -13,7 +13,7 @@ from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import AdapterError, RefusedError
 from flexlora_fast.gate.reasons import Reason
 from flexlora_fast.methods import Contribution
-from flexlora_fast.methods.averaging import update_norm
+from flexlora_fast.methods.averages import update_norm
 from flexlora_fast.precision import full_precision
 
 _REMEDY = "leave this client out, or have it train again with a lower learning rate"

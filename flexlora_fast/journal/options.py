@@ -111,7 +111,7 @@ def _name_of_method(method: str | Method) -> str:
     found = methods.get(method)
     if type(found) is not methods.METHODS.get(found.name):
         raise OptionError(f"method {found.name!r} is one of your own, and a round records it by its name: register it")
-    return found.name
+    return str(found)
 
 
 def _is_named(rule: Any) -> bool:

@@ -10,6 +10,11 @@ from flexlora_fast.methods.base import Contribution, Method
 from flexlora_fast.stack import Block
 
 
+def exact_blocks(contributions: Sequence[Contribution]) -> list[Block]:
+    """The factors as sent, every column of a client with the coefficient w·s."""
+    return [Block(c.B, c.A, torch.full((c.rank,), c.weight * c.scale, dtype=torch.float64)) for c in contributions]
+
+
 class FlexLoRA(Method):
     """ΔW = Σ_i w_i·s_i·B_i·A_i, so every column of client i has the coefficient w_i·s_i.
 
@@ -19,7 +24,9 @@ class FlexLoRA(Method):
 
     name = "flexlora"
     summary = "exact weighted sum of all updates; every client gets its best truncation (mixed ranks)"
+    use = "the default: any mix of ranks, nothing asked of clients"
+    source = "Bai et al., NeurIPS 2024, arXiv 2402.11505"
     folds = uniform = linear = True
 
     def blocks(self, contributions: Sequence[Contribution]) -> list[Block]:
-        return [Block(c.B, c.A, torch.full((c.rank,), c.weight * c.scale, dtype=torch.float64)) for c in contributions]
+        return exact_blocks(contributions)

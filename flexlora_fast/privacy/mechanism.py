@@ -83,8 +83,8 @@ def _check(how: Summed) -> None:
         raise OptionError("rank is None: how many columns there are would tell a client's rank; give one")
     if not (method.uniform and method.folds):
         raise OptionError(
-            f"method {method.name!r} is no sum of one term for each client, so that nobody knows how far one can move "
-            "it; use 'flexlora'"
+            f"method {method.name!r} is not made from a sum of one term for each client alone, so that nobody knows "
+            "how far one can move it; use 'flexlora'"
         )
     if solver not in SOLVERS:
         raise OptionError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast.errors import EmptyRoundError, ProtocolError, WeightError
+from flexlora_fast.layer import LayerUpdate
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.dense import dense_energy
 from flexlora_fast.lowrank.factorization import Factorization, finish
@@ -22,7 +23,7 @@ from flexlora_fast.precision import full_precision
 from flexlora_fast.secure import matrices, message
 from flexlora_fast.secure.encoding import Vector, check, decode, split
 from flexlora_fast.secure.plan import PROBES, Plan, template
-from flexlora_fast.update import GlobalUpdate, LayerUpdate
+from flexlora_fast.update import GlobalUpdate
 
 Sums = dict[tuple[str, str], Tensor]  # by kind and name
 
