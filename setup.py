@@ -190,6 +190,7 @@ setup(
         "flexlora_fast": ["py.typed"],
         "flexlora_fast.lowrank": ["constants.json", "constants-cuda.json"],
         "flexlora_fast.kernels": ["tuned.json"],
+        "flexlora_fast.simulate": ["page.html.j2"],
         "flexlora_fast.csrc": ["cuda/*.cuh"],
     },
     ext_modules=[extension()],

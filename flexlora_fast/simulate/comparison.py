@@ -149,14 +149,14 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def compare(found: Sequence[Arm], reference: str | None = None, part: Part = "test") -> list[Row]:
-    """Each arm beside the reference (default: the one called flexlora, else the first), in the arms' order.
+    """Each arm beside the reference (see :func:`reference_of`), in the arms' order.
 
     Where there are several seeds, pairs are those that both arms have. With one seed, pairs are the rows of the test,
     whose spread leaves out splits, initialisations and data orders.
 
     Raises ``OptionError`` for a reference that is not there.
     """
-    against = _reference(found, reference)
+    against = reference_of(found, reference)
     rows = [_row(arm, against, part) for arm in found if arm.tests(part)]
     t = statistics.holm([row.difference.t_p if row.difference else math.nan for row in rows])
     permuted = statistics.holm([row.difference.permutation_p if row.difference else math.nan for row in rows])
@@ -166,7 +166,8 @@ def compare(found: Sequence[Arm], reference: str | None = None, part: Part = "te
     ]
 
 
-def _reference(found: Sequence[Arm], name: str | None) -> Arm:
+def reference_of(found: Sequence[Arm], name: str | None = None) -> Arm:
+    """The arm of that name; without one, the one called flexlora, else the first."""
     by_label = {arm.label: arm for arm in found}
     if name is not None and name not in by_label:
         raise OptionError(f"no run is called {name!r} to compare with; there are {', '.join(by_label)}")
@@ -194,8 +195,8 @@ def _difference(arm: Arm, reference: Arm, part: Part) -> tuple[Difference | None
     theirs = dict(zip(reference.seeds, reference.tests(part), strict=False))
     common = sorted(ours.keys() & theirs.keys())
     if len(common) > 1:
-        values = [[each[seed].value for seed in common] for each in (ours, theirs)]
-        return statistics.paired(*values), "seeds"
+        found = statistics.paired([ours[seed].value for seed in common], [theirs[seed].value for seed in common])
+        return found, "seeds"
     if len(common) == 1:
         one, other = (each.runs[each.seeds.index(common[0])].scores.get(part) for each in (arm, reference))
         if one is not None and other is not None and one.shape == other.shape:

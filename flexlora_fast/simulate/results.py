@@ -73,12 +73,15 @@ class Score(_Read):
 
 
 class Test(Score):
-    """The global model on the rows that nobody trains on; ``stderr`` is that of the mean over the rows."""
+    """The global model on the rows that nobody trains on; ``stderr`` is that of the mean over the rows.
+
+    ``by_rank``: what each type of client is sent, by its ranks ("8", or "30/200" where feed-forward layers have others).
+    """
 
     __test__ = False  # no test case of pytest's
     metric: str
     stderr: float | None = None
-    by_rank: dict[int, Score] = Field(default_factory=dict)
+    by_rank: dict[str, Score] = Field(default_factory=dict)
     by_client: dict[str, Score] = Field(default_factory=dict)
 
 

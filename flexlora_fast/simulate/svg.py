@@ -33,15 +33,18 @@ _MARKS = {"#0a0001": "--ink", "#0a0002": "--grid"} | {f"#0a010{i}": f"--s{i}" fo
 PAGE = Palette("#0a0001", "#0a0002", tuple(f"#0a010{i}" for i in range(SERIES)))
 
 
-def figure(width: float, height: float, palette: Palette, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of so many axes in a row, sizes in inches; without pyplot, which keeps global state."""
+def figure(
+    width: float, height: float, palette: Palette, panels: int = 1, columns: int | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, ``columns`` a row (default: all), sizes in inches; without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
     made.patch.set_alpha(0)
-    every = [made.add_subplot(1, columns, i + 1) for i in range(columns)]
+    columns = columns or panels
+    every = [made.add_subplot(-(-panels // columns), columns, i + 1) for i in range(panels)]
     for axes in every:
         axes.patch.set_alpha(0)
         axes.grid(True, color=palette.grid, lw=0.7)
