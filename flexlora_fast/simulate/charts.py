@@ -52,16 +52,17 @@ def energy(arms: Sequence[Arm], palette: Palette) -> Figure | None:
 
     None where no round says.
     """
-    ranks = sorted({rank for arm in arms for run in arm.runs for _, up in run.updates() for rank in up.energy_kept})
+    known = {rank for arm in arms for run in arm.runs for _, up in run.updates() for rank in up.energy_kept}
+    ranks = sorted(known, key=natural)
     if not ranks:
         return None
     made, axes = _panel(arms, palette)
     if len(arms) == 1:
-        for i, rank in enumerate(spread(ranks, SERIES)):
-            _line(axes, arms[0], _energy_at(rank), i, palette, f"rank {rank}", None)
+        for i, place in enumerate(spread(range(len(ranks)), SERIES)):
+            _line(axes, arms[0], energy_at(ranks[place]), i, palette, f"rank {ranks[place]}", None)
     else:
         for i, arm in enumerate(arms):
-            _line(axes, arm, _energy_at(ranks[0]), i, palette, arm.label, None)
+            _line(axes, arm, energy_at(ranks[0]), i, palette, arm.label, None)
     _rounds_axis(axes, "energy kept" if len(arms) == 1 else f"energy kept at rank {ranks[0]}")
     axes.set_ylim(top=1.02)
     _legend(axes, palette)
@@ -69,7 +70,7 @@ def energy(arms: Sequence[Arm], palette: Palette) -> Figure | None:
 
 
 def effective_rank(arms: Sequence[Arm], palette: Palette) -> Figure | None:
-    """exp(entropy of σ²/Σσ²) of the update by round: where it falls, the rank collapses. None where no round says."""
+    """exp of the entropy of σ/Σσ of the update by round: where it falls, the rank collapses. None where no round says."""
     if not any(up.effective_rank for arm in arms for run in arm.runs for _, up in run.updates()):
         return None
     made, axes = _panel(arms, palette)
@@ -297,5 +298,6 @@ def _effective(line: Round) -> float | None:
     return None if line.update is None else line.update.effective_rank
 
 
-def _energy_at(rank: int) -> Get:
+def energy_at(rank: str) -> Get:
+    """Of a round, the energy kept at that rank."""
     return lambda line: None if line.update is None else line.update.energy_kept.get(rank)

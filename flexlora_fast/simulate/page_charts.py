@@ -46,7 +46,7 @@ def _figures(arms: Sequence[Arm], part: Part) -> Iterator[tuple[str, str, Figure
     kept = "The share of ‖ΔW‖² that an adapter of each rank can hold, by round; what is missing is cut off."
     yield "Energy kept by rank", kept if single else f"{kept} At the smallest rank.", draw.energy(arms, palette)
     collapse = (
-        "exp of the entropy of the update's spectrum: how many directions it has. Where it falls towards the smallest "
+        "How many directions the update has: exp of the entropy of σ/Σσ. Where it falls towards the smallest "
         "rank of the clients, the larger ones are wasted (rank collapse)."
     )
     yield "Effective rank", collapse, draw.effective_rank(arms, palette)

@@ -94,10 +94,10 @@ class Refusal(_Read):
 
 
 class Update(_Read):
-    """The round's ΔW: norm, share of its energy by rank, singular values of its largest layer, effective rank."""
+    """The round's ΔW: norm, share of its energy by rank (as in ``Test.by_rank``), singular values of its largest layer, effective rank."""
 
     norm: float | None = None
-    energy_kept: dict[int, float | None] = Field(default_factory=dict)
+    energy_kept: dict[str, float | None] = Field(default_factory=dict)
     spectrum: list[float] = Field(default_factory=list)
     effective_rank: float | None = None
 
