@@ -10,6 +10,7 @@ from __future__ import annotations
 from flexlora_fast import defence, errors, journal, methods, privacy, secure
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
+from flexlora_fast.combining import combine
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.journal import Receipt, Round
 from flexlora_fast.merging import merge
@@ -31,6 +32,7 @@ __all__ = [
     "Round",
     "RoundPolicy",
     "aggregate",
+    "combine",
     "defence",
     "errors",
     "journal",

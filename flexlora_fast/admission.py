@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -160,3 +160,28 @@ def facts_of(config: Config) -> dict[str, tuple[Any, str]]:
     if base:
         facts["base_model_name_or_path"] = (base, "all clients of a round must adapt the same base model")
     return facts
+
+
+def check_configs(named: Iterable[tuple[str, Config]]) -> None:
+    """Raise ``IncompatibleAdapterError`` for configs, by whose they are, that disagree in ``facts_of`` with the first
+    that says anything of it.
+    """
+    agreed: dict[str, tuple[Any, str]] = {}
+    for name, config in named:
+        for fact, (value, remedy) in facts_of(config).items():
+            known, first = agreed.setdefault(fact, (value, name))
+            if value != known:
+                raise IncompatibleAdapterError(f"{fact} of {name} is {value!r}, that of {first} is {known!r}; {remedy}")
+
+
+def check_geometries(named: Iterable[tuple[str, LayerSpec]]) -> None:
+    """Raise ``IncompatibleAdapterError`` for layers of one name, by whose they are, of different geometry."""
+    known: dict[str, tuple[LayerSpec, str]] = {}
+    for name, spec in named:
+        before, first = known.setdefault(spec.name, (spec, name))
+        if geometry(spec) != geometry(before):
+            raise IncompatibleAdapterError(
+                f"the {describe(spec)} of {name} does not fit the {describe(before)} of {first}; "
+                "all must adapt the same base model",
+                layer=spec.name,
+            )
