@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.run
 import yaml
 
 import flexlora_fast as ff
@@ -49,8 +50,12 @@ def obey(words: list[str]) -> None:
             expanded = [match for x in arguments for match in (sorted(map(str, Path().glob(x))) if "*" in x else [x])]
             result = command.run(*expanded)
             assert result.exit_code == 0, result.output
-        case ["torchrun", "--nproc-per-node", "2", "-m", "flexlora_fast", name, *_]:
-            assert command.run(name, "--help").exit_code == 0  # tests/test_distributed*.py start it
+        case ["torchrun", *arguments]:
+            given = torch.distributed.run.get_args_parser().parse_args(arguments)
+            assert given.module and given.training_script == "flexlora_fast"
+            name, *rest = given.training_script_args
+            known = command.run(name, "--help").output  # tests/test_distributed*.py start it
+            assert all(option in known for option in rest if option.startswith("--"))
         case ["make", *targets]:
             targets = [target for target in targets if "=" not in target]
             known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)

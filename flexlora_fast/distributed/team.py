@@ -183,8 +183,8 @@ class Team:
         return X
 
     def summed_at(self, X: Tensor, rank: int) -> Callable[[], Tensor | None]:
-        """Begin to sum X up over the ranks, for one of them. What is returned waits for it, and gives that rank the sum;
-        until then X is not to be touched.
+        """Begin to sum X up over the ranks, for one of them. What is returned waits for it, and gives that rank the
+        sum; until then X is not to be touched.
         """
         group, device = self._group_for(X), X.device
         X = X.cpu() if group is not None else X  # gloo's reduce is none for GPUs

@@ -8,6 +8,9 @@ few of them hold the leading directions of the sum. Clients encode them as integ
 With ``rounds=2`` (range, then projection) the server learns the range of ΔW·Ω and has ΔW projected onto it; every
 further round is half a power step; ``rounds=1`` recovers ΔW from three sketches of one round.
 
+Edge servers that sum up their own clients hand their sums on with ``part``, and the centre's update is that of one flat
+round, bit for bit.
+
 **Defences that compare clients (those of ``ff.defence``, which need all ⟨ΔW_i, ΔW_j⟩) and the checks of a
 ``RoundPolicy`` on values cannot be combined with secure aggregation: both look at single updates, which it hides.**
 Nothing here takes a ``defence`` or a policy's bounds, and ``Aggregator`` takes no sums. What is left against a hostile
@@ -39,5 +42,6 @@ from flexlora_fast.secure.client import sketch
 from flexlora_fast.secure.encoding import add
 from flexlora_fast.secure.plan import Plan
 from flexlora_fast.secure.server import Server
+from flexlora_fast.secure.sums import Part, part
 
-__all__ = ["Plan", "Server", "add", "sketch"]
+__all__ = ["Part", "Plan", "Server", "add", "part", "sketch"]

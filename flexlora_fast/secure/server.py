@@ -9,11 +9,12 @@ both smaller and better than the two of "Practical sketching algorithms" (arXiv 
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from flexlora_fast.errors import EmptyRoundError, ProtocolError, WeightError
+from flexlora_fast.errors import ProtocolError, WeightError
 from flexlora_fast.layer import LayerUpdate
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.dense import dense_energy
@@ -21,11 +22,10 @@ from flexlora_fast.lowrank.factorization import Factorization, finish
 from flexlora_fast.lowrank.random import stream
 from flexlora_fast.precision import full_precision
 from flexlora_fast.secure import matrices, message
-from flexlora_fast.secure.encoding import Vector, check, decode, split
+from flexlora_fast.secure.encoding import Vector, add
 from flexlora_fast.secure.plan import PROBES, Plan, template
+from flexlora_fast.secure.sums import Part, Sums, read
 from flexlora_fast.update import GlobalUpdate
-
-Sums = dict[tuple[str, str], Tensor]  # by kind and name
 
 
 class Server:
@@ -62,34 +62,23 @@ class Server:
         return self._message
 
     @full_precision()
-    def receive(self, total: Vector) -> None:
-        """Take Σ ``sketch(…)`` modulo M of this round.
+    def receive(self, total: Vector | Mapping[str, Part | Vector]) -> None:
+        """Take Σ ``sketch(…)`` modulo M of this round, or the parts of it that edge servers hand on, by their names.
 
         Raises:
             ProtocolError: another length or dtype, a sum of more clients than the plan has room for (it may have
-                wrapped), of one that had another plan or message, or one after the last. EmptyRoundError: of no client.
+                wrapped), of one that had another plan or message, with entries that so many clients cannot make, or one
+                after the last; of parts, the first for which that is so, by name. EmptyRoundError: of no client.
                 WeightError: weights that sum to zero.
         """
         if self.done:
             raise ProtocolError(f"all {self._stage} sums are there; call finish()")
-        check(total, self.plan, self._stage, "the sum")
-        total = np.array(total)  # a copy: it may be read-only, or strided
-        parts = list(split(total, self.plan.stages[self._stage - 1]))
-        sums: Sums = {(segment.kind, segment.name): decode(part, segment) for segment, part in parts}
-        count = int(sums["clients", ""])
-        if count == 0:
-            raise EmptyRoundError(f"the sum of round {self._stage} is of no client")
-        if not 0 < count <= self.plan.clients:
-            raise ProtocolError(
-                f"the sum says it is of {count} clients, this plan has room for {self.plan.clients}; it is no sum of "
-                "this round's sketches, or plan for more clients"
-            )
-        agreed = next(int(part[0]) for segment, part in parts if segment.kind == "agreed")
-        if agreed != count * message.mark(self.plan, self._message) % (1 << self.plan.bits):
-            raise ProtocolError(
-                f"not all {count} clients of the sum had this plan and the message of round {self._stage}; give all of "
-                "them the same, and sum up again"
-            )
+        if isinstance(total, Mapping):
+            vectors = {edge: its.vector if isinstance(its, Part) else its for edge, its in total.items()}
+            for edge, vector in vectors.items():
+                read(vector, self.plan, self._stage, self._message, f"the part of edge {edge!r}")
+            total = add(vectors.values())
+        _, sums = read(total, self.plan, self._stage, self._message)
         if self._stage < len(self.plan.stages):
             specs = [spec for spec in self.plan.layers if not self.plan.dense(spec)]
             kind = "right" if self._stage % 2 else "left"
