@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexlora_fast import __version__, cli_gate, inputs, methods, outputs, tables
+from flexlora_fast import __version__, cli_gate, cli_simulate, inputs, methods, outputs, tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import MISSING, Aggregator
 from flexlora_fast.cli_common import DTYPES, Full, Json, failures, note, one_of, parse_ranks, print_json, show, usage
@@ -227,6 +227,7 @@ def inspect(
 
 app.command(no_args_is_help=True)(cli_gate.policy)
 app.command(no_args_is_help=True)(cli_gate.convert)
+app.command(no_args_is_help=True)(cli_simulate.simulate)
 
 
 @app.command()

@@ -143,6 +143,12 @@ class DataError(FlexLoRAError, ValueError):
     code = "data"
 
 
+class SimulationError(FlexLoRAError, RuntimeError):
+    """A simulated run that cannot go on: a worker died, or its folder is in use or another experiment's."""
+
+    code = "simulation"
+
+
 class BackendError(FlexLoRAError, RuntimeError):
     """A backend or device that was asked for by name and cannot run here."""
 

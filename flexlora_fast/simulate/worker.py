@@ -1,0 +1,198 @@
+"""A worker process: it has the base model once, and puts an adapter into it for each job."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset, load_from_disk
+from torch import Tensor
+from transformers import PrinterCallback
+
+from flexlora_fast import live
+from flexlora_fast.adapter import Adapter
+from flexlora_fast.simulate.jobs import EvaluateJob, Model, Setup, Tested, Trained, TrainJob
+from flexlora_fast.simulate.learners import learner_class
+from flexlora_fast.simulate.pool import gpus
+from flexlora_fast.simulate.processes import settle
+from flexlora_fast.simulate.uploads import nbytes, norm, save
+from flexlora_fast.tensorfile import TensorFile
+
+
+class Worker:
+    """The learner of one process, and the jobs that use it. Every job sets all that its result depends on."""
+
+    def __init__(self, setup: Setup) -> None:
+        settle()
+        self.setup = setup
+        make = learner_class(setup.about.kind)
+        self.learner = make(setup.model, setup.lora, setup.about, rank=setup.rank, seed=setup.seed)
+        self.scratch = tempfile.TemporaryDirectory()
+        self.data: dict[str, Dataset] = {}
+        self.loaded: Path | None = None  # the adapter that is in the model, as it is in its folder
+        self.based: Path | None = None
+        self.pristine: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(any(f"lora_{x}" in name or f"embedding_{x}" in name for x in setup.trains))
+        gc.freeze()  # each Trainer.train() runs the garbage collector, half a second over the imported libraries
+
+    @property
+    def model(self) -> Any:
+        return self.learner.model
+
+    def initial(self, out: Path) -> None:
+        """Write the adapter that the learner was made with: the start of everybody."""
+        save(Adapter.from_peft(self.model), out)
+
+    def train(self, job: TrainJob) -> Trained:
+        """Train a client for one round."""
+        started = time.perf_counter()
+        self.put(job.model)
+        self.loaded = None
+        # Every round has a new Trainer and with it a new optimizer. It has to: the rank may have changed, and even
+        # where it has not, the SVD has turned the basis of the factors, to which Adam's moments belong.
+        trainer = self.learner.trainer(self.rows("train", job.rows), self.arguments(job), self.optimizer(job.factor))
+        trainer.remove_callback(PrinterCallback)
+        with self.penalized():
+            output = trainer.train()
+        adapter = Adapter.from_peft(self.model, client=job.client)
+        save(adapter, job.out)
+        seen = output.global_step * self.setup.training.batch
+        if self.setup.training.epochs is not None:
+            seen = math.ceil(self.setup.training.epochs * (job.rows[1] - job.rows[0]))
+        return Trained(
+            loss=float(output.training_loss),
+            examples=seen,
+            seconds=time.perf_counter() - started,
+            rank=max(adapter.rank(layer) for layer in adapter.layers),
+            norm=norm(adapter),
+            bytes=nbytes(adapter),
+        )
+
+    def evaluate(self, job: EvaluateJob) -> Tested:
+        """Test a model."""
+        # Outside of inference mode: parameters made in it, as a new rank asks for, could never be trained again.
+        self.put(job.model)
+        scores = self.learner.evaluate(self.rows(job.part, job.rows), self.setup.batch)
+        return Tested(scores.values, scores.loss)
+
+    # -- the model ---
+
+    def put(self, model: Model) -> None:
+        """Have the global model in the live one."""
+        if model.base != self.based:
+            self._set_base(model.base)
+        if model.adapter != self.loaded:
+            Adapter.load(model.adapter).load_into(self.model)
+            self.loaded = model.adapter
+
+    @torch.no_grad()
+    def _set_base(self, path: Path | None) -> None:
+        """Base weights are what they were as the model was loaded, plus what is in the file: rounded once, not once a
+        round.
+        """
+        layers = live.lora_layers(self.model, "default")
+        for layer, weight in self.pristine.items():
+            layers[layer].get_base_layer().weight.copy_(weight)
+        added = {} if path is None else TensorFile(path)
+        for layer in added:
+            weight = layers[layer].get_base_layer().weight
+            self.pristine.setdefault(layer, weight.detach().clone())
+            weight.copy_(weight.float() + added[layer].to(weight.device))
+        self.based = path
+
+    # -- training ---
+
+    def rows(self, part: str, span: tuple[int, int]) -> Dataset:
+        """Rows of a part of the data, mapped from its files."""
+        if part not in self.data:
+            self.data[part] = load_from_disk(self.setup.data / part)
+        return self.data[part].select(range(*span))
+
+    def arguments(self, job: TrainJob) -> transformers.TrainingArguments:
+        training = self.setup.training
+        return transformers.TrainingArguments(
+            self.scratch.name,
+            max_steps=-1 if training.steps is None else training.steps,
+            num_train_epochs=1.0 if training.epochs is None else training.epochs,
+            per_device_train_batch_size=training.batch,
+            max_grad_norm=training.clip,
+            lr_scheduler_type="constant",
+            seed=job.seed,
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            dataloader_pin_memory=False,
+        )
+
+    def optimizer(self, factor: float) -> torch.optim.Optimizer:
+        """A fresh one, with another learning rate for what is no factor of LoRA: a head starts from nothing."""
+        training = self.setup.training
+        factors: list[Tensor] = []
+        others: list[Tensor] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                (factors if "lora_" in name else others).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": factors, "lr": factor * training.lr}]
+        if others:
+            groups.append({"params": others, "lr": factor * (training.lr_head or training.lr)})
+        if training.optimizer == "sgd":
+            return torch.optim.SGD(groups, momentum=training.momentum, weight_decay=training.weight_decay)
+        return torch.optim.AdamW(groups, weight_decay=training.weight_decay)
+
+    @contextmanager
+    def penalized(self) -> Iterator[None]:
+        """Within it the model's loss has HetLoRA's penalty in it, where the run asks for one."""
+        gamma, penalty = self.setup.gamma, self.setup.penalty
+        if gamma is None or not penalty:
+            yield
+            return
+        from flexlora_fast.methods.hetlora import pruning_penalty
+
+        def add(model: Any, _: Any, output: Any) -> Any:
+            if model.training and output.loss is not None:
+                output.loss = output.loss + penalty * pruning_penalty(model, gamma)
+            return output
+
+        hook = self.model.register_forward_hook(add)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+_worker: Worker | None = None
+
+
+def start(setup: Setup, taken: Any = None) -> None:
+    """Make this process a worker; called once in each. ``taken``: a shared counter of workers, which GPUs go by."""
+    global _worker  # noqa: PLW0603 - what a process pool's initializer leaves for its jobs has no other place
+    if taken is not None:
+        with taken.get_lock():
+            number, taken.value = taken.value, taken.value + 1
+        visible = gpus()
+        if visible:  # one each, before CUDA looks: Trainer would spread a model over all that it sees
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
+    _worker = Worker(setup)
+
+
+def run(job: TrainJob | EvaluateJob | Path) -> Any:
+    """A job in this process; a path asks for the initial adapter there."""
+    assert _worker is not None
+    if isinstance(job, TrainJob):
+        return _worker.train(job)
+    if isinstance(job, EvaluateJob):
+        return _worker.evaluate(job)
+    return _worker.initial(job)
