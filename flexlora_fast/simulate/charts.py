@@ -70,7 +70,7 @@ def energy(arms: Sequence[Arm], palette: Palette) -> Figure | None:
 
 
 def effective_rank(arms: Sequence[Arm], palette: Palette) -> Figure | None:
-    """exp of the entropy of σ/Σσ of the update by round: where it falls, the rank collapses. None where no round says."""
+    """exp of the entropy of σ/Σσ of the update by round: where it falls, ranks collapse. None where no round says."""
     if not any(up.effective_rank for arm in arms for run in arm.runs for _, up in run.updates()):
         return None
     made, axes = _panel(arms, palette)

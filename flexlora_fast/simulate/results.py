@@ -75,7 +75,7 @@ class Score(_Read):
 class Test(Score):
     """The global model on the rows that nobody trains on; ``stderr`` is that of the mean over the rows.
 
-    ``by_rank``: what each type of client is sent, by its ranks ("8", or "30/200" where feed-forward layers have others).
+    ``by_rank``: what each type of client is sent, by its ranks ("8", or "30/200" with others in the FFN).
     """
 
     __test__ = False  # no test case of pytest's
@@ -94,7 +94,9 @@ class Refusal(_Read):
 
 
 class Update(_Read):
-    """The round's ΔW: norm, share of its energy by rank (as in ``Test.by_rank``), singular values of its largest layer, effective rank."""
+    """The round's ΔW: its norm, the share of its energy that each type of client is sent (named as in
+    ``Test.by_rank``), the singular values of its largest layer, its effective rank.
+    """
 
     norm: float | None = None
     energy_kept: dict[str, float | None] = Field(default_factory=dict)

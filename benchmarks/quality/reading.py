@@ -1,0 +1,98 @@
+"""What the figures of a grid say, and why, as far as they show it: in sentences made from the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from flexlora_fast.simulate import statistics, words
+from flexlora_fast.simulate.charts import energy_at
+from flexlora_fast.simulate.comparison import Arm, Part, Row
+from flexlora_fast.simulate.results import Round
+from flexlora_fast.simulate.statistics import Difference
+from flexlora_fast.tables import natural
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of an arm's updates, means over the seeds; None where runs do not say.
+
+    Attributes:
+        smallest: the type of client with the smallest rank. energy: that it is sent, of the last update.
+        first, last: effective rank after the first round with an update and after the last. norm: of the last.
+        truncation: score of the largest type minus that of the smallest, of each seed (None where there is one type).
+    """
+
+    smallest: str
+    energy: float | None
+    first: float | None
+    last: float | None
+    norm: float | None
+    truncation: Difference | None
+
+
+def update(arm: Arm, part: Part) -> Shape:
+    """What the arm's updates are like."""
+    types = sorted({t for run in arm.runs for _, up in run.updates() for t in up.energy_kept}, key=natural)
+    _, energy = arm.by_round(energy_at(types[0])) if types else (None, None)
+    _, effective = arm.by_round(_effective)
+    _, norms = arm.by_round(lambda line: None if line.update is None else line.update.norm)
+    ends = [sorted(test.by_rank, key=natural) for test in arm.tests(part)]
+    truncation = None
+    if ends and all(len(names) > 1 for names in ends):
+        scores = [
+            [test.by_rank[names[i]].value for test, names in zip(arm.tests(part), ends, strict=True)] for i in (-1, 0)
+        ]
+        truncation = statistics.paired(scores[0], scores[1])
+    known = effective.shape[1] > 0
+    return Shape(
+        smallest=types[0] if types else "–",
+        energy=float(energy[:, -1].mean()) if energy is not None and energy.shape[1] else None,
+        first=float(effective[:, 0].mean()) if known else None,
+        last=float(effective[:, -1].mean()) if known else None,
+        norm=float(norms[:, -1].mean()) if norms.shape[1] else None,
+        truncation=truncation,
+    )
+
+
+def _effective(line: Round) -> float | None:
+    return None if line.update is None else line.update.effective_rank
+
+
+def of_setting(name: str, rows: Sequence[Row], part: Part) -> Iterator[str]:
+    """Who is better and worse than the reference here, and what of the reference's own updates may be why."""
+    reference = next((row for row in rows if row.difference is None), None)
+    for sentence in words.findings(rows):
+        yield f"{name}. {sentence}"
+    if reference is None:
+        return
+    above = [row for row in rows if row.difference is not None and row.difference.mean > 0]
+    if not above:
+        yield f"{name}. No method has a higher mean than {reference.arm.label}."
+        return
+    shape = update(reference.arm, part)
+    reasons = []
+    if shape.energy is not None:
+        reasons.append(
+            f"clients of rank {shape.smallest} were sent {100 * shape.energy:.1f} % of the last update's energy"
+        )
+    if shape.truncation is not None:
+        cost = shape.truncation
+        told = "which the seeds do not tell from nothing" if cost.low <= 0 <= cost.high else "beyond chance"
+        reasons.append(
+            f"what the smallest rank was sent scores {words.points(-cost.mean)} points beside the largest "
+            f"([{words.interval(_negated(cost))}], {told if cost.n > 1 else 'one seed'})"
+        )
+    if shape.first is not None and shape.last is not None:
+        way = "falls" if shape.last < 0.9 * shape.first else "grows" if shape.last > 1.1 * shape.first else "stays"
+        reasons.append(f"the effective rank {way}, {shape.first:.1f} → {shape.last:.1f}")
+    names = ", ".join(row.arm.label for row in above)
+    if reasons:
+        yield (
+            f"{name}. Of what could be why {names} {'has' if len(above) == 1 else 'have'} a higher mean than "
+            f"{reference.arm.label}, truncation and rank collapse, its runs show: {'; '.join(reasons)}."
+        )
+
+
+def _negated(found: Difference) -> statistics.Mean:
+    return statistics.Mean(found.n, -found.mean, found.sd, -found.high, -found.low)
