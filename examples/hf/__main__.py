@@ -17,6 +17,7 @@ from pathlib import Path
 from examples import demo_data, demo_train
 from examples.hf import questions as tasks
 from examples.hf.federation import Federation, Round
+from flexlora_fast.simulate.language import smollm2
 
 
 def told(result: Round) -> str:
@@ -30,7 +31,7 @@ def told(result: Round) -> str:
 def federate(arguments: argparse.Namespace, out: Path) -> Federation:
     asked = demo_data.read_questions(demo_data.unpack(demo_data.QUESTIONS, arguments.data) / "question_labels.txt")
     if arguments.sft:
-        return tasks.chats(tasks.smollm2(arguments.data), asked, out, arguments.steps or 4)
+        return tasks.chats(smollm2(arguments.data), asked, out, arguments.steps or 4)
     return tasks.classifiers(demo_data.unpack(demo_data.MINILM, arguments.data), asked, out, arguments.steps or 8)
 
 

