@@ -17,7 +17,7 @@ import numpy as np
 
 from flexlora_fast import files
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.errors import SimulationError
+from flexlora_fast.errors import OptionError, SimulationError
 from flexlora_fast.simulate import metrics, pool
 from flexlora_fast.simulate.corpus import CLIENT
 from flexlora_fast.simulate.jobs import EvaluateJob, Setup, Tested, Trained, TrainJob
@@ -81,6 +81,11 @@ class _Run:
         self.experiment, self.out, self.watcher = experiment, out, watcher
         self.state_folder = out / "state"
         self.people = prepare(experiment, out)
+        if len(self.people.types) > 1 and not experiment.method.make().mixed:
+            raise OptionError(
+                f"method {experiment.method.name!r} needs equal ranks, and there are {', '.join(self.people.types)}; set "
+                "ranks.everyone to 'smallest', or take a method for mixed ranks"
+            )
         self.lines = metrics.lines(out)
 
     def play(self, workers: int) -> dict[str, Any]:

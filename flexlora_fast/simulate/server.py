@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.errors import AdapterError, EmptyRoundError
 from flexlora_fast.simulate import ranks, state
 from flexlora_fast.simulate.jobs import Model
-from flexlora_fast.simulate.prepare import DROPOUT, SAMPLE, Client, People
+from flexlora_fast.simulate.prepare import DROPOUT, INITIAL, SAMPLE, Client, People
 from flexlora_fast.simulate.spec import Experiment
 from flexlora_fast.simulate.state import State
 from flexlora_fast.simulate.uploads import nbytes, save
@@ -45,7 +46,7 @@ class Server:
         self.by_type = {label: ranks.of_layers(kind, initial) for label, kind in people.types.items()}
         self.rank = max(max(found.values()) for found in self.by_type.values())
         self.heaviest = list(self.by_type)[-1]
-        self._sizes: dict[Path, int] = {}
+        self.fresh = self.method.output == "fresh"
 
     # -- whom it asks ---
 
@@ -67,31 +68,45 @@ class Server:
     def model_of(self, client: Client) -> Model:
         """The global model as that client has it."""
         own = self.state.ranks.get(client.name)
-        return self.model(client.type) if own is None else self._model(f"client-{client.index}", own)
+        if own is None and not self.fresh:
+            return self.model(client.type)
+        # Adapters that begin anew are drawn for each client and round: all in the same directions would see less.
+        seed = np.random.SeedSequence([self.experiment.seed, INITIAL, self.state.round, client.index])
+        return self._model(f"client-{client.index}", own or self.by_type[client.type], seed)
 
-    def _model(self, name: str, wanted: dict[str, int]) -> Model:
+    def _model(self, name: str, wanted: dict[str, int], seed: np.random.SeedSequence | None = None) -> Model:
         path = self.folder / "sent" / f"{self.state.round:05d}" / name.replace("/", "-")
         if not path.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-            save(self._cut(wanted), path)
+            drawn = self.experiment.seed if seed is None else int(seed.generate_state(1)[0])
+            save(self._cut(wanted, drawn), path)
         return Model(path, self.state.base)
 
-    def _cut(self, wanted: dict[str, int]) -> Adapter:
+    def _cut(self, wanted: dict[str, int], seed: int) -> Adapter:
         scales = {layer: self.initial.scale(layer) for layer in wanted}
-        if self.state.update is None:
-            return truncated(self.initial, wanted, scales, seed=self.experiment.seed)
+        update = self.state.update
+        if update is None:
+            return truncated(self.initial, wanted, scales, seed=seed)
         names = {layer: self.initial.spec(layer).pattern_name for layer in wanted}
-        return self.state.update.adapter(config=configs.with_ranks(self.initial.config, wanted, scales, names))
+        given = {layer: update[layer].given(rank) for layer, rank in wanted.items()}  # FLoRIST's may be lower
+        config = configs.with_ranks(self.initial.config, given, scales, names)
+        return dataclasses.replace(update, seed=seed).adapter(config=config)
 
     def sent_bytes(self, clients: Sequence[Client]) -> int:
-        """What goes to these clients as a round begins."""
-        total = 0
+        """What goes to these clients as a round begins: adapters, and what they add to their base weights. Adapters
+        that begin anew cost nothing but their heads.
+        """
+        update = self.state.update
+        parts = [] if update is None else [part for layer in update.values() for part in layer.base or ()]
+        total = len(clients) * sum(part.nbytes for part in parts)
+        if self.fresh and update is not None:
+            return total + len(clients) * sum(extra.nbytes for extra in update.extras.values())
+        sizes: dict[Path, int] = {}
         for client in clients:
             path = self.model_of(client).adapter
-            if path not in self._sizes:
-                self._sizes = {known: size for known, size in self._sizes.items() if known.parent == path.parent}
-                self._sizes[path] = nbytes(Adapter.load(path))
-            total += self._sizes[path]
+            if path not in sizes:
+                sizes[path] = nbytes(Adapter.load(path))
+            total += sizes[path]
         return total
 
     # -- what it makes of the answers ---
