@@ -118,11 +118,23 @@ class How:
 
 @dataclass(frozen=True)
 class Term:
-    """An adapter or update, by its name in errors; ``of`` gives its coefficient by layer, and by key of an extra."""
+    """An adapter or update, by its name in errors; ``of`` gives its coefficient by layer, and by key of an extra.
+
+    ``state``: whether it stands for what it keeps, so that what it once left out is no error of the sum.
+    """
 
     name: str
     source: Source
     of: Coefficient
+    state: bool = False
+
+    def part(self, layer: str) -> Part | None:
+        """Its part of the sum; None where it has none."""
+        c = self.of(layer) if layer in self.source.layers else 0.0
+        if c == 0:
+            return None
+        found = part(self.source, layer, c)
+        return dataclasses.replace(found, left_out=0.0, whole=None) if self.state else found
 
 
 @dataclass(frozen=True)
@@ -143,8 +155,7 @@ def combined(terms: Sequence[Term], how: How) -> GlobalUpdate:
     check(terms)
     layers = {}
     for layer, spec in specs_of(terms).items():
-        found = [(term, term.of(layer)) for term in terms if layer in term.source.layers]
-        layers[layer] = solved(spec, [part(term.source, layer, c) for term, c in found if c != 0], how)
+        layers[layer] = solved(spec, parts_of(terms, layer), how)
     sums = {}
     for key in sorted({key for term in terms for key in term.source.extras}):
         having = [(term.of(key), term.source.extras[key], term.name) for term in terms if key in term.source.extras]
@@ -168,6 +179,11 @@ def specs_of(terms: Sequence[Term]) -> dict[str, LayerSpec]:
         for layer in term.source.layers:
             found.setdefault(layer, _spec(term.source, layer))
     return dict(sorted(found.items()))
+
+
+def parts_of(terms: Sequence[Term], layer: str) -> list[Part]:
+    """What the terms bring to one layer."""
+    return [found for term in terms if (found := term.part(layer)) is not None]
 
 
 def part(source: Source, layer: str, c: float) -> Part:
@@ -203,7 +219,7 @@ def kept(layer: LayerUpdate) -> list[tuple[Tensor, Tensor]]:
 def left_out(layer: LayerUpdate) -> float:
     """A bound of ‖ΔW − X‖_F for what ``kept`` gives of a layer: of nothing (0), or as its certificate says."""
     known = layer.inherited + layer.base_error
-    if layer.averaged is not None or layer.base is not None or layer.complete:
+    if layer.merges or layer.averaged is not None or layer.complete:
         return known
     beyond = layer.energy + _STANDARD_ERRORS * layer.energy_error - float(layer.factorization.S.square().sum())
     return known + max(0.0, beyond) ** 0.5
