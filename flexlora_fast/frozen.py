@@ -30,7 +30,7 @@ def merge(update: GlobalUpdate, model: Any, adapter_name: str) -> list[str]:
     shared = _shared(model)
     found: dict[str, Tensor] = {}
     for layer in update.layers:
-        if update[layer].base is None:
+        if not update[layer].merges:
             continue
         weight, what = _weight(model, adapted, update[layer].spec)
         delta = update[layer].base_delta()

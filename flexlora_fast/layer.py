@@ -57,9 +57,14 @@ class LayerUpdate:
         return S if self.spec.kind == "moe" else S[0]
 
     @property
+    def merges(self) -> bool:
+        """Whether clients add something to their frozen weight here."""
+        return self.base is not None
+
+    @property
     def fresh(self) -> bool:
         """Whether the frozen weight takes all of ΔW, and adapters begin anew."""
-        return self.base is not None and self.averaged is None
+        return self.merges and self.averaged is None
 
     @property
     def rank(self) -> int:
@@ -103,7 +108,7 @@ class LayerUpdate:
     @property
     def any_rank(self) -> bool:
         """Whether adapters of any rank can be made: nothing was cut off that a higher one would hold."""
-        return self.complete or self.base is not None or self.limit is not None
+        return self.complete or self.merges or self.limit is not None
 
     def given(self, rank: int) -> int:
         """The rank of an adapter that ``rank`` was asked for: the same, or ``limit`` where that is less."""
@@ -182,11 +187,9 @@ class LayerUpdate:
 
     def _begun(self, rank: int, split: Split, key: int) -> tuple[Tensor, Tensor]:
         """One factor zero (B, but for split "A"), the other of random signs with the variance 1/(3·n) that PEFT's
-        initialisation has, uniform on ±1/√n.
+        initialisation has, uniform on ±1/√n. On the CPU.
         """
         E, m, n = self.spec.experts, self.spec.m, self.spec.n
-        device = self.factorization.U.device
-        A, B = torch.zeros(E, rank, n, device=device), torch.zeros(E, m, rank, device=device)
         if split == "A":
-            return A, (signs(rank, m, key, batch=E) / (3 * m) ** 0.5).mT.contiguous().to(device)
-        return (signs(rank, n, key, batch=E) / (3 * n) ** 0.5).to(device), B
+            return torch.zeros(E, rank, n), (signs(rank, m, key, batch=E) / (3 * m) ** 0.5).mT
+        return signs(rank, n, key, batch=E) / (3 * n) ** 0.5, torch.zeros(E, m, rank)

@@ -320,7 +320,7 @@ def _factors(layer: LayerUpdate) -> tuple[Tensor, Tensor]:
 
 def _left_out(layer: LayerUpdate) -> float:
     """A bound of ‖ΔW − X‖_F for what an update keeps of its layer: all of it (0), or as its certificate says."""
-    if layer.averaged is not None or layer.base is not None or layer.complete:
+    if layer.merges or layer.averaged is not None or layer.complete:
         return layer.inherited
     beyond = layer.energy + _STANDARD_ERRORS * layer.energy_error - float(layer.factorization.S.square().sum())
     return layer.inherited + max(0.0, beyond) ** 0.5

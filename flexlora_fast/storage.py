@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,23 @@ from torch import Tensor
 from flexlora_fast.defence.base import Verdict
 from flexlora_fast.errors import AdapterError
 from flexlora_fast.files import replace
+from flexlora_fast.layer import LayerUpdate
 from flexlora_fast.layouts import LayerSpec
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.privacy import Spent
 from flexlora_fast.skeleton import Form
 from flexlora_fast.tensorfile import TensorFile, TensorWriter
-from flexlora_fast.update import ClientRecord, GlobalUpdate, LayerUpdate, Refusal
+from flexlora_fast.update import ClientRecord, GlobalUpdate, Refusal
 
 FORMAT = "flexlora_fast.global_update/4"
+# Of files with what goes into frozen weights, with frozen factors or with ranks that were cut; readers of 4 do not know
+# of those, and would hand out other adapters.
+FORMAT_MORE = "flexlora_fast.global_update/5"
 UPDATE_NAME = "global_update.safetensors"  # in the folder of a round
 _PADDING = "padding"
 # Bytes of the header for the dtype, shape and offsets of one tensor, and for the numbers of one layer; generous.
 _ENTRY, _FACTS = 400, 400
-_PARTS = ("U", "V", "B", "A", "bias", "S", "energy", "energy_error")
+_PARTS = ("U", "V", "B", "A", "base0", "base1", "bias", "S", "energy", "energy_error")
 
 
 def save(update: GlobalUpdate, path: Path) -> Path:
@@ -94,6 +98,7 @@ class UpdateWriter:
         self.extras = in_order(extras)
         self._about = {**about, "layers": {}}
         self._small: dict[str, Tensor] = {}
+        self._format = FORMAT
         self._writer = TensorWriter(path, room)
 
     def __enter__(self) -> UpdateWriter:
@@ -115,6 +120,7 @@ class UpdateWriter:
         parts = {"U": f.U, "V": f.V}
         if layer.averaged is not None:
             parts |= {"B": layer.averaged[0], "A": layer.averaged[1]}
+        parts |= {f"base{i}": part for i, part in enumerate(layer.base or ())}
         if layer.bias is not None:
             parts["bias"] = layer.bias
         for part, tensor in parts.items():
@@ -122,6 +128,9 @@ class UpdateWriter:
         self._small |= {f"S/{layer.name}": f.S, f"energy/{layer.name}": f.energy}
         if layer.inherited:
             self._about["layers"][layer.name]["inherited"] = layer.inherited
+        more = _more(layer)
+        self._about["layers"][layer.name] |= more
+        self._format = FORMAT_MORE if more else self._format
         if f.energy_error is not None:
             self._small[f"energy_error/{layer.name}"] = f.energy_error
 
@@ -133,7 +142,7 @@ class UpdateWriter:
         """Write the header, and close."""
         self._flush()
         about = {**self._about, "layers": dict(sorted(self._about["layers"].items())), "seconds": dict(seconds)}
-        self._writer.finish({"format": FORMAT, "update": json.dumps(about)})
+        self._writer.finish({"format": self._format, "update": json.dumps(about)})
 
     def _flush(self) -> None:
         if self._small and self._writer.position % 8:
@@ -141,6 +150,18 @@ class UpdateWriter:
         for key, tensor in self._small.items():
             self._writer.add(key, tensor)
         self._small = {}
+
+
+def _more(layer: LayerUpdate) -> dict[str, Any]:
+    """What a file of format 4 has not; empty for layers of methods that hand out truncations or averages alone."""
+    more: dict[str, Any] = {}
+    if layer.base is not None:
+        more |= {"base": len(layer.base), "base_error": layer.base_error}
+    if layer.frozen:
+        more["frozen"] = True
+    if layer.limit is not None:
+        more["limit"] = layer.limit
+    return more
 
 
 def in_order(extras: Mapping[str, Form]) -> list[str]:
@@ -169,16 +190,20 @@ class StoredFactorization(Factorization):
 
 
 class StoredLayer(LayerUpdate):
-    """A layer of a file; its averaged factors are read at each use."""
+    """A layer of a file; its averaged factors, and what goes into the frozen weight, are read at each use."""
 
     _file: TensorFile
+    _matrices: int
     averaged = property(lambda self: self._averaged())
+    base = property(lambda self: self._base())
+    merges = property(lambda self: bool(self._matrices))
+    fresh = property(lambda self: self.merges and f"B/{self.name}" not in self._file)
 
-    def __init__(
-        self, file: TensorFile, f: StoredFactorization, spec: LayerSpec, total_rank: int, inherited: float
-    ) -> None:
-        self.__dict__.update(spec=spec, factorization=f, total_rank=total_rank, inherited=inherited, _file=file)
-        self.__dict__["bias"] = file.get(f"bias/{spec.name}")
+    def __init__(self, file: TensorFile, f: StoredFactorization, spec: LayerSpec, facts: Mapping[str, Any]) -> None:
+        known = {"inherited": 0.0, "base_error": 0.0, "frozen": False, "limit": None} | dict(facts)
+        names = ("total_rank", "inherited", "base_error", "frozen", "limit")
+        self.__dict__.update({name: known[name] for name in names}, spec=spec, factorization=f, _file=file)
+        self.__dict__.update(bias=file.get(f"bias/{spec.name}"), _matrices=facts.get("base", 0))
 
     def _averaged(self) -> tuple[Tensor, Tensor] | None:
         keys = (f"B/{self.name}", f"A/{self.name}")
@@ -187,6 +212,11 @@ class StoredLayer(LayerUpdate):
         parts = self._file.read(keys)
         return parts[keys[0]], parts[keys[1]]
 
+    def _base(self) -> tuple[Tensor, ...] | None:
+        keys = [f"base{i}/{self.name}" for i in range(self._matrices)]
+        parts = self._file.read(keys) if keys else {}
+        return tuple(parts[key] for key in keys) or None
+
 
 def load(path: Path) -> GlobalUpdate:
     """Read what :func:`save` wrote. U, V and the extras are read from the file, which stays open, as they are used."""
@@ -194,8 +224,8 @@ def load(path: Path) -> GlobalUpdate:
         file = TensorFile(path, hold=True)
     except AdapterError as error:
         raise AdapterError(f"{path} cannot be read as a global update: {error.message}") from error
-    if file.metadata.get("format") != FORMAT:
-        raise AdapterError(f"{path} is not a {FORMAT} file; give a file that GlobalUpdate.save wrote")
+    if file.metadata.get("format") not in (FORMAT, FORMAT_MORE):
+        raise AdapterError(f"{path} is not a {FORMAT} or {FORMAT_MORE} file; give a file that GlobalUpdate.save wrote")
     try:
         return _parse(json.loads(file.metadata["update"]), file)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -237,7 +267,17 @@ def _load_layer(name: str, facts: dict[str, Any], file: TensorFile, small: Mappi
         if file.entry(f"{part}/{name}").shape != shape:
             raise ValueError(f"{part} of layer {name!r} has not shape {shape}")
     f = StoredFactorization(file, name, small, facts)
-    layer = StoredLayer(file, f, spec, facts["total_rank"], facts.get("inherited", 0.0))
     if f"B/{name}" in file:
         file.entry(f"A/{name}")
-    return layer
+    _check_base([file.entry(f"base{i}/{name}").shape for i in range(facts.get("base", 0))], spec)
+    return StoredLayer(file, f, spec, facts)
+
+
+def _check_base(shapes: Sequence[tuple[int, ...]], spec: LayerSpec) -> None:
+    """Raise ``ValueError`` where these are no matrices whose product is (E, m, n)."""
+    if not shapes:
+        return
+    first, last = shapes[0], shapes[-1]
+    right = len(shapes) == 1 or (len(shapes) == 2 and first[2] == last[1])
+    if not right or (len(first), len(last)) != (3, 3) or (*first[:2], last[2]) != (spec.experts, spec.m, spec.n):
+        raise ValueError(f"what goes into the frozen weight of layer {spec.name!r} has shapes {shapes}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, finfo
 
 from tests.rounds import Client
 
@@ -34,10 +34,13 @@ def shares(clients: Sequence[Client], layer: str | None = None, missing: str = "
 
 @dataclass(frozen=True)
 class Truth:
-    """ΔW of one layer. ``averaged``: B̄ and Ā, for methods that hand out slices of averaged factors."""
+    """ΔW of one layer. ``averaged``: B̄ and Ā, for methods that hand out slices of averaged factors (none at all where
+    adapters begin anew). ``base``: what clients add to their frozen weight.
+    """
 
     whole: Array  # (E, m, n)
     averaged: tuple[Array, Array] | None = None
+    base: Array | float = 0.0
     mass: float = 0.0  # Σ w·‖s·B·A‖_F: what rounding is relative to where updates cancel
 
     @property
@@ -50,10 +53,10 @@ class Truth:
         return np.linalg.svd(self.whole, compute_uv=False)
 
     def at(self, rank: int) -> Array:
-        """What an adapter of that rank must be: the truncated SVD, or the first columns."""
+        """What an adapter of that rank must be, with the base: the truncated SVD, or the first columns."""
         if self.averaged is not None:
             B, A = self.averaged
-            return B[:, :, :rank] @ A[:, :rank]
+            return self.base + B[:, :, :rank] @ A[:, :rank]
         U, S, Vh = np.linalg.svd(self.whole, full_matrices=False)
         return (U[:, :, :rank] * S[:, None, :rank]) @ Vh[:, :rank]
 
@@ -75,14 +78,27 @@ def truth(method: str, clients: Sequence[Client], layer: str, missing: str = "ze
     """ΔW of one layer of a round under that method."""
     having = [(c, w) for c, w in zip(clients, shares(clients, layer, missing), strict=True) if layer in c.factors]
     mass = sum(w * float(np.linalg.norm(product(c, layer))) for c, w in having)
-    if method == "flexlora":
-        return Truth(sum(w * product(c, layer) for c, w in having), mass=mass)
+    exact = sum(w * product(c, layer) for c, w in having)
+    if method in ("flexlora", "florist"):
+        return Truth(exact, mass=mass)
+    if method == "flora":
+        return Truth(exact, (exact[:, :, :0], exact[:, :0]), exact, mass)
+    if method == "raflora":
+        return Truth(by_slices(having, layer), mass=mass)
+    if method == "ffa-lora":
+        B, A = over_one_A(having, layer)
+        return Truth(B @ A, (B, A), mass=mass)
+    if method == "fedex-lora":
+        B, A = zero_padded(having, layer)
+        # Both parts round by what they are themselves, however much of them cancels.
+        mass = max(mass, 100 * float(np.linalg.norm(B @ A)))
+        return Truth(exact, (B, A), exact - B @ A, mass)
     if method == "hetlora":
         having = by_norm(having, layer)
     elif method != "fedit":
         raise KeyError(f"the oracle does not know method {method!r}; state its formula here")
     B, A = zero_padded(having, layer)
-    return Truth(B @ A, (B, A), mass)
+    return Truth(B @ A, (B, A), mass=mass)
 
 
 def by_norm(having: list[tuple[Client, float]], layer: str) -> list[tuple[Client, float]]:
@@ -92,6 +108,31 @@ def by_norm(having: list[tuple[Client, float]], layer: str) -> list[tuple[Client
     if not sum(raw):
         return having
     return [(c, total * value / sum(raw)) for (c, _), value in zip(having, raw, strict=True)]
+
+
+def by_slices(having: list[tuple[Client, float]], layer: str) -> Array:
+    """raFLoRA: column j of every client whose rank reaches it, over the weight of those; all have column 0."""
+    whole = sum(w for _, w in having)
+    total: Array | float = 0.0
+    for j in range(max(c.rank(layer) for c, _ in having)):
+        reaching = [(c, w) for c, w in having if c.rank(layer) > j]
+        mean: Array | float = 0.0
+        for c, w in reaching:
+            A, B = (array(X) for X in c.factors[layer])
+            mean = mean + w * c.scales[layer] * B[:, :, j, None] * A[:, j, None]
+        total = total + mean * whole / sum(w for _, w in reaching)
+    return np.asarray(total)
+
+
+def over_one_A(having: list[tuple[Client, float]], layer: str) -> tuple[Array, Array]:
+    """FFA-LoRA: Σ w·s·B over zero-padded B, and the one A, of the largest rank and finest dtype."""
+    rank = max(c.rank(layer) for c, _ in having)
+    finest = min((c for c, _ in having if c.rank(layer) == rank), key=lambda c: finfo(c.factors[layer][0].dtype).eps)
+    B: Array | float = 0.0
+    for c, w in having:
+        own = array(c.factors[layer][1])
+        B = B + w * c.scales[layer] * np.pad(own, ((0, 0), (0, 0), (0, rank - own.shape[2])))
+    return np.asarray(B), array(finest.factors[layer][0])
 
 
 def zero_padded(having: list[tuple[Client, float]], layer: str) -> tuple[Array, Array]:

@@ -218,6 +218,45 @@ def patterned(model: str = "linear", seed: int = 0) -> list[Client]:
     ]
 
 
+def fitted(method: str, clients: Sequence[Client]) -> list[Client]:
+    """The clients as a method takes them: for FFA-LoRA with slices of one A, for FedEx-LoRA of equal ranks. Those of
+    weight 0 stay as they are, and so do clients that fit already.
+    """
+    counted = [c for c in clients if c.weight > 0]
+    if method == "ffa-lora":
+        return [c.mapped(lambda x, A, B: (_one_A(x, A), B)) if c.weight > 0 else c for c in clients]
+    if method == "fedex-lora":
+        layers = {x for c in counted for x in c.factors}
+        ranks = {x: max(c.rank(x) for c in counted if x in c.factors) for x in layers}
+        return [_resized(c, ranks) if c.weight > 0 else c for c in clients]
+    return list(clients)
+
+
+def _one_A(layer: str, A: Tensor) -> Tensor:
+    """The first rows of the A that all clients have in this layer, in a dtype of its own."""
+    generator = torch.Generator().manual_seed(hash(tuple(layer.encode())) % 2**63)
+    whole = torch.randn(64, A.shape[0], A.shape[2], generator=generator, dtype=torch.float64) / A.shape[2] ** 0.5
+    return whole[: A.shape[1]].transpose(0, 1).to(A.dtype)
+
+
+def _resized(c: Client, ranks: Mapping[str, int]) -> Client:
+    """The client with more columns in its layers; alphas stay, scales follow."""
+    if all(c.rank(x) == ranks[x] for x in c.factors):
+        return c
+    generator = torch.Generator().manual_seed(hash(tuple(c.name.encode())) % 2**63)
+    factors, scales = {}, {}
+    for x, (A, B) in c.factors.items():
+        more = ranks[x] - A.shape[1]
+        a = torch.randn(A.shape[0], more, A.shape[2], generator=generator) / A.shape[2] ** 0.5
+        b = torch.randn(*B.shape[:2], more, generator=generator) * float(B.double().abs().max())
+        factors[x] = torch.cat([A, a.to(A)], dim=1), torch.cat([B, b.to(B)], dim=2)
+        alpha = c.config["alpha_pattern"].get(c.layers[x].path, c.config["lora_alpha"])
+        scales[x] = alpha / (ranks[x] ** 0.5 if c.config["use_rslora"] else ranks[x])
+    widest = max(ranks[x] for x in c.factors)
+    pattern = {c.layers[x].path: ranks[x] for x in c.factors}
+    return c.but(factors=factors, scales=scales, config=c.config | {"r": widest, "rank_pattern": pattern})
+
+
 def with_spectrum(sigma: Tensor, m: int, n: int, clients: int, seed: int = 0) -> list[Client]:
     """Clients of one Linear "fc" (m, n) whose update has exactly these singular values, j ↦ client j mod K."""
     generator = torch.Generator().manual_seed(seed)

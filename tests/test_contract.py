@@ -12,26 +12,47 @@ from tests import checks, checks_certificate, checks_hard
 from tests.checks import Case
 from tests.rounds import DTYPES, MODELS
 
-# Slices of averaged factors do not depend on the solver, but for their spectrum: `make test-all` runs those too.
+# Slices of averaged factors do not depend on the solver, but for their spectrum, and the other methods take the ways of
+# these three: `make test-all` runs all of them everywhere.
 ROUTINE = ("auto", "krylov")
+FIRST = ("flexlora", "fedit", "hetlora")
+
+
+def marks(method: str, solver: str, model: str) -> list[pytest.MarkDecorator]:
+    """Slow, but for one way of each of the later methods."""
+    if method not in FIRST:
+        return [pytest.mark.slow] * ((solver, model) != ("auto", "linear"))
+    return [pytest.mark.slow] * (METHODS[method].output == "slice" and solver not in ROUTINE and model != "linear")
+
+
 LAYOUTS = [
     pytest.param(
         Case(method, solver, model),
         id=str(Case(method, solver, model)),
-        marks=[pytest.mark.slow] * (METHODS[method].output == "slice" and solver not in ROUTINE and model != "linear"),
+        marks=marks(method, solver, model),
     )
     for method in METHODS
     for solver in ("auto", *SOLVERS)
     for model in MODELS
 ]
 PRECISIONS = [
-    Case(method, solver, "linear", dtype)
+    pytest.param(
+        Case(method, solver, "linear", dtype),
+        id=str(Case(method, solver, "linear", dtype)),
+        marks=[pytest.mark.slow] * (method not in FIRST and (solver, dtype) != ("krylov", "mixed")),
+    )
     for method in METHODS
     for solver in ("gram", "krylov", "factored", "dense")
     for dtype in DTYPES
     if dtype != "float32"
 ]
-ROUTES = [Case(method, solver, "linear") for method in METHODS for solver in ("auto", *SOLVERS)]
+ROUTES = [
+    pytest.param(
+        Case(method, solver, "linear"), id=str(Case(method, solver, "linear")), marks=marks(method, solver, "linear")
+    )
+    for method in METHODS
+    for solver in ("auto", *SOLVERS)
+]
 
 
 @pytest.mark.parametrize("case", LAYOUTS + PRECISIONS, ids=str)

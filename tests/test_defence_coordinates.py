@@ -166,7 +166,7 @@ def test_limits_and_settings() -> None:
     with pytest.raises(OptionError, match="defence 'median', which takes all clients of a layer at once"):
         aggregate(alike(3), "median", memory_limit=10_000)
     with pytest.raises(
-        OptionError, match=r"'median' takes the place of the sum.*'fedit' has not; use method 'flexlora'"
+        OptionError, match=r"'median' takes the place of the sum.*'fedit' is not made from .*; use method 'flexlora'"
     ):
         ff.Aggregator(method="fedit", defence="median")
     for fraction in ("0.5", "-0.1", "nan"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +13,11 @@ import torch
 
 import flexlora_fast as ff
 from flexlora_fast.errors import OptionError
-from flexlora_fast.methods import METHODS, Contribution, Method, get
+from flexlora_fast.lowrank.factorization import Factorization
+from flexlora_fast.lowrank.solve import solve
+from flexlora_fast.methods import METHODS, Base, Contribution, Method, get
 from flexlora_fast.methods.averages import update_norm
+from flexlora_fast.methods.florist import FLoRIST
 from flexlora_fast.stack import Block, Stack
 from tests import oracle, rounds
 from tests.rounds import Client, Layer
@@ -40,6 +46,26 @@ def dense(blocks: Sequence[Block]) -> np.ndarray:
 
 def delta(c: Contribution) -> np.ndarray:
     return c.scale * (c.B.double() @ c.A.double()).numpy()
+
+
+def solved(stack: Stack, rank: int) -> Factorization:
+    return solve(stack, rank, solver="svd")
+
+
+def product(base: Base) -> np.ndarray:
+    return functools.reduce(torch.matmul, [X.double() for X in base.factors]).numpy()
+
+
+def over_one_A(given: Sequence[Contribution]) -> list[Contribution]:
+    A = torch.randn(given[0].A.shape[0], 20, 9, generator=torch.Generator().manual_seed(7))
+    return [dataclasses.replace(c, A=A[:, : c.rank]) for c in given]
+
+
+def fitted(method: str, given: list[Contribution]) -> list[Contribution]:
+    """As the method takes them: with one A, of equal ranks."""
+    if method == "ffa-lora":
+        return over_one_A(given)
+    return given if get(method).mixed else contributions([3] * len(given), batch=given[0].A.shape[0])
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -76,20 +102,89 @@ class TestFormulas:
         got = dense(get("hetlora").blocks(given))
         np.testing.assert_allclose(got, expected, atol=1e-6 * np.linalg.norm(expected))
 
+    def test_flora(self, ranks: tuple[int, ...], batch: int) -> None:
+        """Wang et al. 2024: the stack [w·s·B]·[A], all of which goes into the frozen weight."""
+        given = contributions(ranks, batch=batch)
+        expected = sum(c.weight * delta(c) for c in given)
+        stack = Stack(get("flora").blocks(given), 14, 9, batch)
+        base = get("flora").base(given, stack, solved)
+        assert base is not None and base.error == 0
+        assert len(base.factors) == (2 if sum(ranks) * (14 + 9) < 14 * 9 else 1)
+        np.testing.assert_allclose(product(base), expected, atol=1e-6 * np.linalg.norm(expected))
+
+    def test_ffa_lora(self, ranks: tuple[int, ...], batch: int) -> None:
+        """Sun et al. 2024: ΔW = (Σ w·s·B)·A, where all have slices of one A."""
+        given = over_one_A(contributions(ranks, batch=batch))
+        (block,) = get("ffa-lora").blocks(given)
+        expected = sum(c.weight * delta(c) for c in given)
+        np.testing.assert_allclose(dense([block]), expected, atol=1e-6 * np.linalg.norm(expected))
+        widest = max(given, key=lambda c: c.rank)
+        assert torch.equal(block.A, widest.A)
+
+    def test_fedex_lora(self, ranks: tuple[int, ...], batch: int) -> None:
+        """Singhal et al. 2025: B̄·Ā of the adapters, and Σ w·s·B·A − B̄·Ā into the frozen weight."""
+        given = contributions((max(ranks),) * len(ranks), batch=batch)
+        whole = sum(c.weight * delta(c) for c in given)
+        averaged = dense(get("fedit").blocks(given))
+        stack = Stack(get("fedex-lora").blocks(given), 14, 9, batch)
+        B, A = get("fedex-lora").averages(given, stack)
+        base = get("fedex-lora").base(given, stack, solved)
+        assert base is not None
+        norm = np.linalg.norm(whole)
+        np.testing.assert_allclose((B.double() @ A.double()).numpy(), averaged, atol=1e-6 * norm)
+        np.testing.assert_allclose(product(base), whole - averaged, atol=1e-5 * norm)
+        np.testing.assert_allclose(dense(stack.blocks), whole, atol=1e-6 * norm)
+        cut = get("fedex-lora:residual=2").base(given, stack, solved)
+        assert cut is not None
+        S = np.linalg.svd(whole - averaged, compute_uv=False)
+        assert cut.error == pytest.approx(np.sqrt((S[:, 2:] ** 2).sum()), rel=1e-4, abs=1e-5 * norm)
+        assert np.linalg.norm(product(cut) - (whole - averaged)) == pytest.approx(cut.error, rel=1e-4, abs=1e-5 * norm)
+
+    def test_raflora(self, ranks: tuple[int, ...], batch: int) -> None:
+        """arXiv 2602.13486: rank slice [l, h) averaged over the clients with r ≥ h."""
+        given = contributions(ranks, batch=batch)
+        expected, low = np.zeros((batch, 14, 9)), 0
+        for high in sorted(set(ranks)):
+            having = [c for c in given if c.rank >= high]
+            for c in having:
+                part = c.B[:, :, low:high].double() @ c.A[:, low:high].double()
+                expected += c.weight / sum(x.weight for x in having) * c.scale * part.numpy()
+            low = high
+        np.testing.assert_allclose(dense(get("raflora").blocks(given)), expected, atol=1e-12)
+
+    @pytest.mark.parametrize("tau", [0.3, 0.9, 1.0])
+    def test_florist(self, ranks: tuple[int, ...], batch: int, tau: float) -> None:
+        """Ramesh et al. 2026: FlexLoRA's ΔW, and the fewest columns that hold τ of its energy."""
+        given, method = contributions(ranks, batch=batch), FLoRIST(tau)
+        whole = sum(c.weight * delta(c) for c in given)
+        np.testing.assert_allclose(dense(method.blocks(given)), whole, atol=1e-12)
+        held = np.cumsum((np.linalg.svd(whole, compute_uv=False) ** 2).sum(axis=0)) / (whole**2).sum()
+        f = solved(Stack(method.blocks(given), 14, 9, batch), 9)
+        limit = method.limit(f)
+        if tau == 1:  # of a sum's last columns, rounding decides
+            assert limit is None or held[limit - 1] >= 1 - 1e-9
+            return
+        assert limit == int(np.argmax(held >= tau)) + 1
+        assert method.limit(dataclasses.replace(f, S=f.S[:, :1])) == (1 if held[0] >= tau else None)
+
 
 @pytest.mark.parametrize("method", METHODS)
 class TestEveryMethod:
     def test_registered_as_it_says(self, method: str) -> None:
         made = get(method)
-        assert made.name == method and len(made.summary) > 20 and made.output in ("svd", "slice")
+        assert made.name == method == str(made) and len(made.summary) > 20
+        assert len(made.use) > 20 and "20" in made.source
+        assert made.output in ("svd", "slice", "fresh") and set(made.trains) <= {"A", "B"}
         assert get(made) is made
+        assert not made.merges or "merge_into" in made.clients
+        assert made.merges or made.output != "fresh"
 
     def test_blocks_fit_a_stack_and_inputs_stay(self, method: str) -> None:
-        given = contributions((1, 4, 2), batch=2)
+        given = fitted(method, contributions((1, 4, 2), batch=2))
         before = [(c.A.clone(), c.B.clone()) for c in given]
         blocks = get(method).blocks(given)
         stack = Stack(blocks, 14, 9, 2)
-        assert stack.d.dtype == torch.float64 and (len(blocks) == 1 or get(method).output == "svd")
+        assert stack.d.dtype == torch.float64 and (len(blocks) == 1) == (not get(method).stacked)
         assert all(torch.equal(c.A, a) and torch.equal(c.B, b) for c, (a, b) in zip(given, before, strict=True))
 
     def test_one_client_gets_its_own_update(self, method: str) -> None:
@@ -97,12 +192,14 @@ class TestEveryMethod:
         np.testing.assert_allclose(dense(get(method).blocks([c])), delta(c), rtol=1e-5, atol=1e-5)
 
     def test_zero_updates_are_no_division_by_zero(self, method: str) -> None:
-        given = [Contribution(c.client, c.A, c.B * 0, c.scale, c.weight) for c in contributions((2, 3))]
+        given = fitted(method, contributions((2, 3)))
+        given = [Contribution(c.client, c.A, c.B * 0, c.scale, c.weight) for c in given]
         assert not dense(get(method).blocks(given)).any()
 
     def test_the_oracle_agrees(self, method: str) -> None:
         """The statement that the whole contract suite is checked against is the one checked here."""
         clients: list[Client] = [rounds.client(f"c{i}", FC, rank=1 + i, alpha=i - 2.5, weight=1 + i) for i in range(3)]
+        clients = rounds.fitted(method, clients)
         shares = oracle.shares(clients)
         given = [
             Contribution(c.name, *c.factors["fc"], c.scales["fc"], w) for c, w in zip(clients, shares, strict=True)
@@ -131,6 +228,84 @@ def test_norms_of_updates() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("florist:tau=0", "florist: tau is 0; give a number > 0 and ≤ 1"),
+        ("florist:tau=1.5", "tau is 1.5"),
+        ("florist:tau=half", "tau is 'half'"),
+        ("florist:tau=nan", "tau is nan"),
+        ("florist:gamma=1", "method 'florist' has no setting 'gamma=1'; it has tau"),
+        ("fedex-lora:residual=0", "fedex-lora: residual is 0; give an integer ≥ 1, or None"),
+        ("fedex-lora:residual=2.5", "residual is 2.5"),
+        ("flexlora:tau=1", "method 'flexlora' has no setting 'tau=1'; it has none"),
+    ],
+)
+def test_bad_settings(name: str, match: str) -> None:
+    with pytest.raises(OptionError, match=match):
+        get(name)
+
+
+@pytest.mark.parametrize("name", ["florist:tau=0.95", "fedex-lora:residual=3"])
+def test_settings_have_a_name(name: str) -> None:
+    made = get(name)
+    assert str(made) == name and get(str(made)) == made
+    clients = [rounds.client(f"c{i}", FC, rank=2) for i in range(2)]
+    assert ff.aggregate([c.adapter() for c in clients], method=name).method == name
+
+
+def test_ffa_lora_refuses_another_A_by_client_and_layer() -> None:
+    clients = rounds.fitted("ffa-lora", [rounds.client(f"c{i}", FC, rank=2 + i) for i in range(3)])
+    off = clients[0].mapped(lambda _, A, B: (A + torch.eye(*A.shape[1:]) * 1e-4, B))
+    message = (
+        "client 'c0', layer 'fc': ffa-lora averages B over one frozen A, and that of 'c0' differs from that of 'c2'"
+    )
+    with pytest.raises(OptionError, match=message) as caught:
+        ff.aggregate([c.adapter() for c in [off, *clients[1:]]], method="ffa-lora")
+    assert (caught.value.client, caught.value.layer) == ("c0", "fc")
+    sixteen = clients[0].mapped(lambda _, A, B: (A.bfloat16(), B.bfloat16()))  # its rounding is no other A
+    update = ff.aggregate([c.adapter() for c in [sixteen, *clients[1:]]], method="ffa-lora")
+    for split in ("B", "balanced", "A"):
+        for c in clients:
+            assert torch.equal(
+                update.adapter(client=c.name, split=split).factors("fc")[0],
+                c.factors["fc"][0].to(update.adapter(client=c.name).factors("fc")[0].dtype),
+            )
+
+
+def test_fedex_lora_refuses_unequal_ranks_by_layer() -> None:
+    clients = [rounds.client(f"c{i}", FC, rank=2 + i) for i in range(2)]
+    with pytest.raises(OptionError, match=r"layer 'fc': fedex-lora averages factors of equal ranks, and 'c1' has 3"):
+        ff.aggregate([c.adapter() for c in clients], method="fedex-lora")
+
+
+def test_florist_gives_the_smaller_of_two_ranks() -> None:
+    S = torch.tensor([4.0, 2.0, 1.0, 0.5, 0.25, 0.1], dtype=torch.float64)
+    clients = rounds.with_spectrum(S, 14, 9, 2)
+    update = ff.aggregate([c.adapter() for c in clients], method="florist", rank=6, tol=0)
+    assert update["fc"].limit == 2 and update["fc"].rank == 2  # 20 of 21.3
+    assert update.adapter(client="s0").rank("fc") == 2 and update.adapter(rank=1).rank("fc") == 1
+    assert update["fc"].error(6) == pytest.approx(float(S[2:].norm()), rel=1e-4)
+    thorough = ff.aggregate([c.adapter() for c in clients], method="florist:tau=0.999", rank=6, tol=0)
+    assert thorough["fc"].limit == 5 and thorough.adapter(client="s0").rank("fc") == 3
+    first = [c.mapped(lambda _, A, B: (A, 0 * B)) for c in clients]
+    assert ff.aggregate([c.adapter() for c in first], method="florist")["fc"].limit is None
+
+
+def test_flora_begins_anew_by_seed_client_and_layer() -> None:
+    clients = [rounds.client(f"c{i}", FC, rank=2 + i) for i in range(3)]
+    given: list[Any] = [c.adapter() for c in clients]
+    update, other = (ff.aggregate(given, method="flora", seed=seed) for seed in (0, 1))
+    A, B = update.adapter(client="c2").factors("fc")
+    assert not B.any() and float(A.std()) == pytest.approx((3 * 9) ** -0.5, rel=0.2)
+    assert torch.equal(A, update.adapter(client="c2").factors("fc")[0])
+    assert not torch.equal(A, other.adapter(client="c2").factors("fc")[0])
+    assert not torch.equal(A[:, :2], update.adapter(client="c0").factors("fc")[0])
+    exact = ff.aggregate(given, rank=9, tol=0)
+    torch.testing.assert_close(update.base_delta("fc"), exact.delta("fc"), rtol=1e-5, atol=1e-5)
+    assert exact.base_delta("fc") is None
+
+
 def test_a_method_of_ones_own() -> None:
     """A subclass is all that a new method takes: here one that trusts the first client only."""
 
@@ -147,5 +322,5 @@ def test_a_method_of_ones_own() -> None:
     torch.testing.assert_close(update.delta("fc"), clients[0].adapter().delta("fc"), rtol=1e-5, atol=1e-5)
     with pytest.raises(NotImplementedError, match="Method must implement blocks"):
         Method().blocks([])
-    with pytest.raises(OptionError, match="'first' is not one of flexlora, fedit, hetlora"):
+    with pytest.raises(OptionError, match="method 'first' is not one of flexlora, fedit, hetlora"):
         get("first")

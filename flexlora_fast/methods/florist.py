@@ -40,6 +40,8 @@ class FLoRIST(FlexLoRA):
     def limit(self, f: Factorization) -> int | None:
         """p, or None where the columns that are kept hold less than τ."""
         energy = float(f.energy.sum())
+        if not energy:  # a first round, where nothing was learnt: the spectrum does not tell
+            return None
         held = f.S.square().sum(dim=0).cumsum(0)
         enough = torch.nonzero(held >= self.tau * energy * (1 - 1e-12))
         return int(enough[0]) + 1 if enough.numel() else None

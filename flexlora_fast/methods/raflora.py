@@ -26,7 +26,7 @@ class RaFLoRA(Method):
     name = "raflora"
     summary = "sum with each rank slice averaged over those clients that have it, then SVD (mixed ranks)"
     use = "where few clients have large ranks, and their last columns are to count in full"
-    source = "arXiv 2602.13486"
+    source = "raFLoRA, 2026, arXiv 2602.13486"
     gauge_invariant = False
 
     def blocks(self, contributions: Sequence[Contribution]) -> list[Block]:
