@@ -40,9 +40,10 @@ from flexlora_fast.methods import Method
 from flexlora_fast.planning import Settings
 from flexlora_fast.precision import full_precision
 from flexlora_fast.privacy import Privacy, mechanism
+from flexlora_fast.refusals import Refusals
 from flexlora_fast.resident import Resident
 from flexlora_fast.stored import Stored
-from flexlora_fast.update import GlobalUpdate, Refusal
+from flexlora_fast.update import GlobalUpdate
 from flexlora_fast.work import Client, Work
 
 MISSING = ("zero", "renormalize")
@@ -161,7 +162,7 @@ class Aggregator:
         quorum = min_clients > 1 or min_weight > 0
         summed = mechanism.Summed(rank, self.method, self.solver, missing, self.defence, quorum)
         self._private = mechanism.of_round(privacy, policy, reference, summed)
-        self.refused: list[Refusal] = []
+        self.refused = Refusals()
         self._clients: dict[str, Client] = {}
         self._admission = self._fresh_admission()
         self._kept = 0  # bytes of tensors from files
@@ -181,12 +182,13 @@ class Aggregator:
     def name_for(self, adapter: Source) -> str:
         """The name a client gets when none is given: the adapter's own, its path, or a running number."""
         if isinstance(adapter, Adapter | bytes | Upload):
-            number = len(self._clients) + len(self.refused)
+            number = len(self._clients) + self.refused.total
             while (name := f"client-{number:04d}") in self._clients:  # somebody is called so
                 number += 1
             return (adapter.client if isinstance(adapter, Adapter) else None) or name
         return PurePath(os.path.normpath(adapter)).as_posix()
 
+    @torch.inference_mode(False)  # the caller's is left: what is made in it could not be written outside it
     def add(self, adapter: Source, weight: float = 1.0, client: str | None = None) -> None:
         """Take one client into the round.
 
@@ -226,7 +228,7 @@ class Aggregator:
                 raise
         except FlexLoRAError as error:
             error.at(client=str(name))  # str: a name may be refused for being none
-            self.refused.append(Refusal(str(name), str(error), error.code))
+            self.refused.note(str(name), error)
             raise
         try:
             self._entrance.keep(source, name, float(weight))
@@ -245,6 +247,7 @@ class Aggregator:
             with full_precision():
                 self._grams.take(name, held)
 
+    @torch.inference_mode(False)
     def finish(self, out: str | os.PathLike[str] | None = None) -> GlobalUpdate:
         """Aggregate what was added.
 
@@ -387,7 +390,8 @@ class Aggregator:
                 client.share = client.weight
             return clients
         if not self._clients:
-            refused = f"; {len(self.refused)} were refused, the first: {self.refused[0].reason}" if self.refused else ""
+            first = f", the first: {self.refused[0].reason}" if self.refused else ""
+            refused = f"; {self.refused.total} were refused{first}" if self.refused else ""
             raise EmptyRoundError(f"no client is in this round{refused}; add at least one adapter")
         clients = [self._clients[name] for name in self.clients if self._clients[name].weight > 0]
         if not clients:
@@ -447,7 +451,7 @@ class Aggregator:
 
     def _refuse(self, name: str, error: AdapterError) -> None:
         """Refuse an accepted client after all."""
-        self.refused.append(Refusal(name, str(error), error.code))
+        self.refused.note(name, error)
         self._take_out(name)
 
     def _take_out(self, name: str) -> None:

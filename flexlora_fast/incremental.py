@@ -173,6 +173,8 @@ class GramTable:
             layer = self._layers[name]
             if A.dtype != layer.dtype or B.dtype != layer.dtype or layer.spec.experts != 1:
                 return self.drop()  # products of mixed types are not the same in another order
+            if A.is_inference() or B.is_inference():
+                return self.drop()  # made in inference mode, where whoever writes to them leaves no trace
             layer.take(client, B, A)
         for layer in self._layers.values():
             due = layer.total - layer.done >= _PENDING
