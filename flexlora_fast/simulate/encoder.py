@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from flexlora_fast.simulate.packing import block_mask, text_means
+
 HEAD = "classifier"
 
 
@@ -29,12 +31,28 @@ class SentenceClassifier(PreTrainedModel):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        texts: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
     ) -> SequenceClassifierOutput:
-        """Logits (batch, labels) float32 of token ids (batch, length), and the mean cross-entropy of ``labels``."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
-        mask = attention_mask.unsqueeze(-1)
-        logits = self.classifier((hidden * mask).sum(1) / mask.sum(1))
+        """Logits (texts, labels) float32 of token ids (rows, length), and the mean cross-entropy of ``labels``.
+
+        With ``attention_mask`` (rows, length) each row is a text. With ``texts`` and ``position_ids`` (rows, length)
+        rows hold several, as ``packing.pack`` lays them out; logits are in the texts' order.
+        """
+        if texts is None:
+            assert attention_mask is not None
+            texts = attention_mask * torch.arange(1, len(input_ids) + 1, device=input_ids.device).unsqueeze(1)
+            hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        else:
+            mask = block_mask(texts, self.encoder.dtype)
+            hidden = self.encoder(input_ids=input_ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
+        count = len(labels) if labels is not None else int(texts.max())
+        logits = self.classifier(text_means(hidden, texts, count))
         loss = None if labels is None else cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

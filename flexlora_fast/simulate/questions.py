@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flexlora_fast.errors import DataError
+
 LABELS = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 
 
@@ -29,7 +31,10 @@ def read_questions(path: Path) -> list[Question]:
         name, _, text = line.strip().partition(" ")
         coarse, _, fine = name.partition(":")
         if coarse not in LABELS or not fine or not text:
-            raise ValueError(f"{path}:{number}: expected 'COARSE:fine question', found {line!r}")
+            raise DataError(
+                f"{path}:{number}: expected 'COARSE:fine question' with {' '.join(LABELS)}, found {line!r}; "
+                "take the file as published"
+            )
         questions.setdefault(text.strip().lower(), Question(text.strip(), LABELS.index(coarse)))
     return list(questions.values())
 

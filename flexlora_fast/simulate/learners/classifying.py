@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,15 +17,20 @@ from flexlora_fast.simulate.learners.base import Learner, Scores
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Example = dict[str, Any]
+
+class Example(NamedTuple):
+    """A row that the model learns from: ``content`` as ``collate`` takes it, and its class."""
+
+    content: Any
+    label: int
 
 
 class ClassifyingLearner(Learner):
     """A learner whose model gives ``logits`` (batch, labels) and, with ``labels``, their mean cross-entropy."""
 
     @abstractmethod
-    def examples(self, rows: Dataset) -> list[Example]:
-        """What ``collate`` takes of each row, with its class under ``labels``."""
+    def examples(self, rows: Dataset) -> Sequence[Example]:
+        """What ``collate`` takes of each row."""
 
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:

