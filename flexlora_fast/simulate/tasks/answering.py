@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from flexlora_fast.simulate.tasks.base import Task, TaskOptions
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class AnsweringOptions(TaskOptions):
     """``max_new_tokens``: longest answer that is generated; the default is what the published evaluation takes."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = Field(128, ge=1)
 
 
 class AnsweringTask(Task):

@@ -12,6 +12,7 @@ import numpy as np
 
 from flexlora_fast.errors import DataError, OptionError
 from flexlora_fast.simulate.tasks import reading
+from flexlora_fast.simulate.tasks.classifying import from_hub
 from flexlora_fast.simulate.tasks.reading import Entry
 
 HUB = "Muennighoff/natural-instructions"
@@ -93,8 +94,8 @@ def open_source(path: Path | None, share: float, seed: int) -> Source:
 class AuthorsFiles:
     """``local_training_<i>.json``, ``local_eval_<i>.json`` and ``local_test_<i>.json`` of each client.
 
-    Each is a list of objects with ``instruction``, ``input``, ``output`` and ``category``, which is that and the number of
-    the task: "Program Execution 1006.json".
+    Each is a list of objects with ``instruction``, ``input``, ``output`` and ``category``, which is that and the number
+    of the task: "Program Execution 1006.json".
     """
 
     def __init__(self, path: Path) -> None:
@@ -173,9 +174,9 @@ class HubTasks:
     """The copy on the hub: columns ``task_name``, ``id``, ``definition``, ``inputs``, ``targets``; no categories."""
 
     def __init__(self, share: float, seed: int) -> None:
-        from datasets import concatenate_datasets, load_dataset
+        from datasets import concatenate_datasets
 
-        parts = load_dataset(HUB)
+        parts = from_hub(HUB, ["task_name", "id", "definition", "inputs", "targets"])
         self._rows = concatenate_datasets([parts["train"], parts["test"]])
         self._test = sorted(set(parts["test"]["task_name"]))
         self.share, self.seed = share, seed
