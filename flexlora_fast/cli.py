@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexlora_fast import __version__, cli_gate, cli_simulate, inputs, methods, outputs, tables
+from flexlora_fast import __version__, cli_gate, cli_methods, cli_simulate, inputs, methods, outputs, tables
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import MISSING, Aggregator
 from flexlora_fast.cli_common import DTYPES, Full, Json, failures, note, one_of, parse_ranks, print_json, show, usage
@@ -25,8 +25,9 @@ from flexlora_fast.inputs import Source
 from flexlora_fast.inspection import Inspection
 from flexlora_fast.lowrank.plan import SOLVERS
 from flexlora_fast.progress import track
-from flexlora_fast.report import Report, refusal_table
+from flexlora_fast.report import Report
 from flexlora_fast.update import GlobalUpdate, Refusal
+from flexlora_fast.verdicts import refusal_table
 
 app = typer.Typer(
     name="flexlora-fast",
@@ -104,7 +105,13 @@ def aggregate(
             help="Columns to keep of each layer. Default: the most that --ranks or, per client, any client needs.",
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(methods.METHODS)}.")] = "flexlora",
+    method: Annotated[
+        str,
+        typer.Option(
+            help=f"One of {', '.join(methods.METHODS)}, settings behind a colon (florist:tau=0.95); `flexlora-fast "
+            "methods` says what each is for."
+        ),
+    ] = "flexlora",
     solver: Annotated[str, typer.Option(help=f"auto, or one of {', '.join(SOLVERS)}.")] = "auto",
     tol: Annotated[float, typer.Option(help="Bound on the excess error of iterative solvers; 0: exact.")] = 1e-3,
     missing: Annotated[
@@ -227,6 +234,7 @@ def inspect(
 
 app.command(no_args_is_help=True)(cli_gate.policy)
 app.command(no_args_is_help=True)(cli_gate.convert)
+app.command("methods")(cli_methods.show_methods)
 app.command(no_args_is_help=True)(cli_simulate.simulate)
 
 
@@ -316,7 +324,14 @@ def _finished(round_: Aggregator, fresh: Callable[[str], Aggregator], path: Path
     except AdapterError as error:
         if error.client is None:
             raise
-    return fresh("add").finish(path)
+    round_ = fresh("add")
+    while True:
+        clients = round_.clients
+        try:
+            return round_.finish(path)
+        except AdapterError as error:
+            if error.client not in clients:  # else it is out of the round now: its values do not fit the others'
+                raise
 
 
 def _needed(ranks: Sequence[int], sent: set[int]) -> int | None:

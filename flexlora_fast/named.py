@@ -16,13 +16,13 @@ def made(text: str, known: Mapping[str, type[T]], what: str) -> T:
 
     Raises ``OptionError`` for an unknown rule or setting.
     """
-    name, _, settings = text.partition(":")
+    name, _, given = text.partition(":")
     if name not in known:
         raise OptionError(f"{what} {name!r} is not one of {', '.join(known)}")
     rule = known[name]
-    fields = [field.name for field in dataclasses.fields(rule)] if dataclasses.is_dataclass(rule) else []
+    fields = list(settings(rule))
     found: dict[str, Any] = {}
-    for item in filter(None, settings.split(",")):
+    for item in filter(None, given.split(",")):
         key, equals, value = item.partition("=")
         if not equals or key not in fields:
             raise OptionError(f"{what} {name!r} has no setting {item!r}; it has {', '.join(fields) or 'none'}")
@@ -30,15 +30,19 @@ def made(text: str, known: Mapping[str, type[T]], what: str) -> T:
     return rule(**found)
 
 
+def settings(rule: type) -> dict[str, Any]:
+    """The settings of a rule, with their defaults."""
+    return {f.name: f.default for f in dataclasses.fields(rule)} if dataclasses.is_dataclass(rule) else {}
+
+
 def spelled(rule: Any) -> str:
     """The text that :func:`made` takes for a rule: its settings that are numbers or texts and not the default."""
-    fields = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
-    settings = []
-    for field in fields:
-        value = getattr(rule, field.name)
-        if value != field.default and isinstance(value, (int, float, str, type(None))):
-            settings.append(f"{field.name}={value}")
-    return f"{rule.name}:{','.join(settings)}" if settings else str(rule.name)
+    told = []
+    for name, default in settings(type(rule)).items():
+        value = getattr(rule, name)
+        if value != default and isinstance(value, (int, float, str, type(None))):
+            told.append(f"{name}={value}")
+    return f"{rule.name}:{','.join(told)}" if told else str(rule.name)
 
 
 def _value(text: str) -> Any:

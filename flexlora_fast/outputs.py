@@ -111,7 +111,8 @@ def _write_clients(
     first: dict[str, Path] = {}
     for client in track(update.clients, "writing", progress):
         target = folder / names[client.name]
-        key = json.dumps([client.config, client.ranks, client.extras, client.dtype], sort_keys=True)
+        own = client.name if any(layer.fresh for layer in update.values()) else ""  # begun anew, each for itself
+        key = json.dumps([client.config, client.ranks, client.extras, client.dtype, own], sort_keys=True)
         if key not in first:
             update.adapter(client=client.name, split=split, dtype=dtype).save(target)
             first[key] = target

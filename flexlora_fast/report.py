@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexlora_fast import tables
 from flexlora_fast.tables import count, natural, number, percent, span, spread
-from flexlora_fast.verdicts import tally, verdict_table
+from flexlora_fast.verdicts import refusal_table, tally, verdict_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,7 +73,8 @@ class Report:
         error: ‖ΔW − ΔW_r‖_F and energy_kept: its share of ‖ΔW‖_F², each by rank of interest, None beyond what is
         kept; solver, iterations, excess: how it was solved, with the estimated excess at rank k (0: exact);
         energy_error: the standard error of ‖ΔW‖_F² where it was estimated (0: computed); inherited: the part of error
-        that a merged update has from those it was made of.
+        that a merged update has from those it was made of; base_error: the part of it that was cut off from what
+        goes into frozen weights; limit: the most columns that an adapter gets (None: as many as asked for).
         Methods that hand out slices of averaged factors can have energy_kept < 0: what is cut off then cancelled.
         """
         return [self._row(self.update[layer]) for layer in self.layers]
@@ -101,6 +102,8 @@ class Report:
             "excess": _finite(layer.excess),
             "energy_error": layer.energy_error,
             "inherited": layer.inherited,
+            "base_error": layer.base_error,
+            "limit": layer.limit,
         }
 
     @cached_property
@@ -182,6 +185,11 @@ class Report:
         kept = ", ".join(f"{percent(share)} at rank {rank}" for rank, share in self._columns(self.total["energy_kept"]))
         refused = f" ({len(self.refused)} refused)" if self.refused else ""
         left_out = math.fsum(row["inherited"] ** 2 for row in self.rows) ** 0.5
+        base = (
+            "; clients add a part to their frozen weights"
+            if any(layer.merges for layer in self.update.values())
+            else ""
+        )
         merged = f" of what the merged updates kept, which left out up to {number(left_out)}" if left_out else ""
         defended = f"; defence {self.update.defence}{tally(self.update.verdicts)}" if self.update.defence else ""
         private = "" if self.update.privacy is None else f"; {self.update.privacy}"
@@ -189,7 +197,7 @@ class Report:
             f"{count(len(self.rows), 'layer')}{clients}{refused}; "
             f"method {self.update.method}{defended}; solved by {solvers or 'none'} "
             f"({excess}); "
-            f"‖ΔW‖_F {number(self.total['norm'])} in all{merged}; energy kept: {kept or '–'}{private}"
+            f"‖ΔW‖_F {number(self.total['norm'])} in all{merged}; energy kept: {kept or '–'}{base}{private}"
         )
 
     def view(self, full: bool | None = None) -> RenderableType:
@@ -309,12 +317,6 @@ class Report:
             ],
             left=["client", "dtype"],
         )
-
-
-def refusal_table(refused: Sequence[Any]) -> Table:
-    """Clients that were refused, with the reason (which need not repeat the client's name)."""
-    rows = [[r.client, r.reason.removeprefix(f"client {r.client!r}").lstrip(",: ")] for r in refused]
-    return tables.table("Refused", ["client", "reason"], rows, left=["client", "reason"])
 
 
 def effective_rank(spectrum: Tensor) -> float:

@@ -1,11 +1,13 @@
-"""A defence's verdicts as a table: the clients it trusts least by name, the others in sums where they are many."""
+"""A defence's verdicts as a table: the clients it trusts least by name, the others in sums where they are many; and
+the clients that were refused.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexlora_fast import tables
 from flexlora_fast.tables import count, number, percent
@@ -79,3 +81,9 @@ def _together(verdicts: Sequence[Verdict], more: bool) -> list[str]:
 def _range(values: Sequence[float]) -> str:
     low, high = number(min(values)), number(max(values))
     return low if low == high else f"{low}…{high}"
+
+
+def refusal_table(refused: Sequence[Any]) -> Table:
+    """Clients that were refused, with the reason (which need not repeat the client's name)."""
+    rows = [[r.client, r.reason.removeprefix(f"client {r.client!r}").lstrip(",: ")] for r in refused]
+    return tables.table("Refused", ["client", "reason"], rows, left=["client", "reason"])

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import flexlora_fast as ff
-from flexlora_fast.errors import OptionError
+from flexlora_fast.errors import IncompatibleAdapterError, OptionError
+from flexlora_fast.factors import SPLITS
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.methods import METHODS, Base, Contribution, Method, get
@@ -255,22 +256,27 @@ def test_settings_have_a_name(name: str) -> None:
 
 
 def test_ffa_lora_refuses_another_A_by_client_and_layer() -> None:
+    """The one who differs from most, whatever its rank; the round goes on without it."""
+    clients = rounds.fitted("ffa-lora", [rounds.client(f"c{i}", FC, rank=2 + i) for i in range(4)])
+    for i in (0, 3):
+        off = clients[i].mapped(lambda _, A, B: (A + torch.eye(*A.shape[1:]) * 1e-4, B))
+        agg = ff.Aggregator(method="ffa-lora")
+        for c in [*clients[:i], off, *clients[i + 1 :]]:
+            agg.add(c.adapter(), client=c.name)
+        message = f"client 'c{i}', layer 'fc': ffa-lora averages B over one frozen A, and this one's "
+        with pytest.raises(IncompatibleAdapterError, match=message) as caught:
+            agg.finish()
+        assert caught.value.client == f"c{i}" and "differs from those of 3 of 3 others" in str(caught.value)
+        assert [record.name for record in agg.finish().clients] == [c.name for c in clients if c.name != f"c{i}"]
+
+
+def test_ffa_lora_hands_out_the_A_that_it_got() -> None:
     clients = rounds.fitted("ffa-lora", [rounds.client(f"c{i}", FC, rank=2 + i) for i in range(3)])
-    off = clients[0].mapped(lambda _, A, B: (A + torch.eye(*A.shape[1:]) * 1e-4, B))
-    message = (
-        "client 'c0', layer 'fc': ffa-lora averages B over one frozen A, and that of 'c0' differs from that of 'c2'"
-    )
-    with pytest.raises(OptionError, match=message) as caught:
-        ff.aggregate([c.adapter() for c in [off, *clients[1:]]], method="ffa-lora")
-    assert (caught.value.client, caught.value.layer) == ("c0", "fc")
-    sixteen = clients[0].mapped(lambda _, A, B: (A.bfloat16(), B.bfloat16()))  # its rounding is no other A
-    update = ff.aggregate([c.adapter() for c in [sixteen, *clients[1:]]], method="ffa-lora")
-    for split in ("B", "balanced", "A"):
+    clients[0] = clients[0].mapped(lambda _, A, B: (A.bfloat16(), B.bfloat16()))  # its rounding is no other A
+    update = ff.aggregate([c.adapter() for c in clients], method="ffa-lora")
+    for split in SPLITS:
         for c in clients:
-            assert torch.equal(
-                update.adapter(client=c.name, split=split).factors("fc")[0],
-                c.factors["fc"][0].to(update.adapter(client=c.name).factors("fc")[0].dtype),
-            )
+            assert torch.equal(update.adapter(client=c.name, split=split).factors("fc")[0], c.factors["fc"][0])
 
 
 def test_fedex_lora_refuses_unequal_ranks_by_layer() -> None:

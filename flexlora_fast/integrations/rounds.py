@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from flexlora_fast import methods
+from flexlora_fast import files, methods
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.errors import AdapterError, OptionError
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.update import GlobalUpdate
 
-_FOLDER = re.compile(r"round-(\d{4,})")
+_FOLDER = re.compile(r"round-(\d{4,})(\.nothing)?")
 _UPDATE = "global_update.safetensors"
 
 
@@ -26,6 +28,17 @@ class Rounds:
         taken = sorted({"policy", "rank", "spool"} & options.keys())
         if taken:
             raise OptionError(f"option {taken[0]!r} is the strategy's own; leave it away")
+        if methods.get(options.get("method", "flexlora")).merges:
+            raise OptionError(
+                f"method {options['method']!r} has clients add to their frozen weights, which no message of this "
+                "framework carries; use 'flexlora', or ff.Aggregator and GlobalUpdate.merge_into"
+            )
+        method = methods.get(options.get("method", "flexlora"))
+        if method.merges:
+            raise OptionError(
+                f"method {method.name!r} adds a part of the update to the frozen weights of every client, and only "
+                "adapters are sent here; use 'flexlora' or another method that leaves them alone, or ff.Aggregator"
+            )
         self.policy, self.options = policy, options
         self.directory = None if directory is None else Path(directory)
         self._round: Any = None
@@ -40,15 +53,27 @@ class Rounds:
         return sorted(self._round.clients) if self.is_open else []
 
     def last(self) -> tuple[int, GlobalUpdate | None]:
-        """The number of the last finished round, and its update; 0 and None where there is none."""
+        """The number of the last round that is over, and the last update that one made; 0 and None where there is
+        none.
+        """
         if self.directory is None or not self.directory.is_dir():
             return 0, None
-        found = {int(name[1]): path for path in self.directory.iterdir() if (name := _FOLDER.fullmatch(path.name))}
-        done = max((number for number, path in found.items() if (path / _UPDATE).is_file()), default=0)
-        return done, GlobalUpdate.load(found[done] / _UPDATE) if done else None
+        found = [(int(name[1]), path) for path in self.directory.iterdir() if (name := _FOLDER.fullmatch(path.name))]
+        nothing = {number for number, path in found if path.suffix}
+        done = {number: path / _UPDATE for number, path in found if not path.suffix and (path / _UPDATE).is_file()}
+        made = max(done.keys() - nothing, default=0)
+        return max([0, *done, *nothing]), GlobalUpdate.load(done[made]) if made else None
+
+    def nothing(self, number: int) -> None:
+        """Note that a round is over and changes nothing. Else it would be taken up again by a server that is started
+        anew, with uploads that were trained from an older update than those of the rounds after it.
+        """
+        if self.directory is not None:
+            files.replace(self.directory / f"round-{number:04d}.nothing", lambda _: None)
 
     def open(self, number: int, rank: int) -> list[str]:
-        """Begin a round, or take it up; returns the clients that are in it."""
+        """Begin a round, or take it up; returns the clients that are in it. One that was open is left as it is."""
+        self.close()
         if self.directory is None:
             self._round = Aggregator(rank, policy=self.policy, **self.options)
         else:

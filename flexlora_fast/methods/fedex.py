@@ -34,7 +34,7 @@ class FedEx(Method):
 
     name = "fedex-lora"
     summary = "average of A and of B, and their error added to every client's frozen weights (equal ranks); exact"
-    use = "equal ranks, where adapters must keep their basis and clients may change their base weights"
+    use = "where ranks are equal, adapters must keep their basis and clients may change their base weights"
     source = "Singhal et al., ACL 2025, arXiv 2410.09432"
     clients = "add base_delta to their frozen weights after each round (update.merge_into)"
     output = "slice"

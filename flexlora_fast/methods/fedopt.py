@@ -57,7 +57,7 @@ class ServerOptimizer:
     def __init__(
         self, lr: float, rank: int | None, solver: str, tol: float, seed: int, device: str | torch.device | None
     ) -> None:
-        self.lr = _number("lr", lr, above=0.0)
+        self.lr = number("lr", lr, above=0.0)
         self._how = How(rank, solver, tol, seed, devices.usable(device))
         self.momentum: GlobalUpdate | None = None
         self.steps = 0
@@ -250,7 +250,7 @@ class FedAvgM(ServerOptimizer):
         device: str | torch.device | None = None,
     ) -> None:
         super().__init__(lr, rank, solver, tol, seed, device)
-        self.decay, self.gain = _number("momentum", momentum, below=1.0), 1.0
+        self.decay, self.gain = number("momentum", momentum, below=1.0), 1.0
 
     def _settings(self) -> dict[str, float]:
         return {"lr": self.lr, "momentum": self.decay}
@@ -284,8 +284,8 @@ class FedAdam(ServerOptimizer):
         device: str | torch.device | None = None,
     ) -> None:
         super().__init__(lr, rank, solver, tol, seed, device)
-        self.beta1, self.beta2 = _number("beta1", beta1, below=1.0), _number("beta2", beta2, below=1.0)
-        self.tau = _number("tau", tau, above=0.0)
+        self.beta1, self.beta2 = number("beta1", beta1, below=1.0), number("beta2", beta2, below=1.0)
+        self.tau = number("tau", tau, above=0.0)
         self.decay, self.gain = self.beta1, 1.0 - self.beta1
 
     def _settings(self) -> dict[str, float]:
@@ -340,7 +340,7 @@ def _framed(
     )
 
 
-def _number(what: str, value: Any, *, above: float = -math.inf, below: float = math.inf) -> float:
+def number(what: str, value: Any, *, above: float = -math.inf, below: float = math.inf) -> float:
     """A finite number ≥ 0 within the bounds, both excluded."""
     fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not (fine and 0 <= value < below and value > above):

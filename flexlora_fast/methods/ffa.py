@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexlora_fast.errors import OptionError
+from flexlora_fast.errors import IncompatibleAdapterError
 from flexlora_fast.methods.base import Contribution, Method
 from flexlora_fast.stack import Block
 
@@ -21,7 +21,7 @@ class FFALoRA(Method):
 
     name = "ffa-lora"
     summary = "A frozen and shared, average of B: exact, half the upload, less expressive (mixed ranks by slices of A)"
-    use = "slow links, or noise on uploads: a sum that is linear in what is sent"
+    use = "where links are slow, or uploads are noised: what is sent goes into the sum linearly"
     source = "Sun et al., ICLR 2024, arXiv 2403.12313"
     clients = "start from one A and train B alone"
     output = "slice"
@@ -42,20 +42,28 @@ class FFALoRA(Method):
 def shared(contributions: Sequence[Contribution]) -> Tensor:
     """The A (b, r, n) of the largest rank, once all others are known to be its first rows, to the rounding of dtypes.
 
-    Raises ``OptionError`` naming a client whose A is another.
+    Raises ``IncompatibleAdapterError`` for the client whose A differs from those of most others.
     """
     widest = max(c.rank for c in contributions)
     first = min((c for c in contributions if c.rank == widest), key=lambda c: torch.finfo(c.A.dtype).eps)
-    for c in contributions:
-        here = first.A[:, : c.rank]
-        coarser = max((c.A.dtype, here.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        info = torch.finfo(coarser)
-        if not torch.allclose(c.A.double(), here.double(), rtol=info.eps, atol=info.smallest_normal * info.eps):
-            off = float((c.A.double() - here.double()).abs().max())
-            raise OptionError(
-                f"ffa-lora averages B over one frozen A, and that of {c.client!r} differs from that of "
-                f"{first.client!r} by up to {off:.3g}; have clients start from one A and train B alone "
-                "(requires_grad_(False) on lora_A), or use method 'flexlora'",
-                client=c.client,
-            )
-    return first.A
+    if all(_same(c, first) for c in contributions):
+        return first.A
+    against = {c.client: [x for x in contributions if not _same(c, x)] for c in contributions}
+    worst = max(contributions, key=lambda c: len(against[c.client]))
+    other = against[worst.client][0]
+    rank = min(worst.rank, other.rank)
+    off = float((worst.A[:, :rank].double() - other.A[:, :rank].double()).abs().max())
+    raise IncompatibleAdapterError(
+        f"ffa-lora averages B over one frozen A, and this one's differs from those of {len(against[worst.client])} of "
+        f"{len(contributions) - 1} others (by up to {off:.3g} from that of {other.client!r}); have clients start from "
+        "one A and train B alone (requires_grad_(False) on lora_A), or use method 'flexlora'",
+        client=worst.client,
+    )
+
+
+def _same(one: Contribution, other: Contribution) -> bool:
+    """Whether the rows that both have are equal, to the rounding of the coarser dtype."""
+    rank = min(one.rank, other.rank)
+    info = max((torch.finfo(c.A.dtype) for c in (one, other)), key=lambda info: info.eps)
+    X, Y = (c.A[:, :rank].double() for c in (one, other))
+    return torch.allclose(X, Y, rtol=info.eps, atol=info.smallest_normal * info.eps)

@@ -24,7 +24,7 @@ class FlexLoRA(Method):
 
     name = "flexlora"
     summary = "exact weighted sum of all updates; every client gets its best truncation (mixed ranks)"
-    use = "the default: any mix of ranks, nothing asked of clients"
+    use = "by default: any mix of ranks, nothing asked of clients"
     source = "Bai et al., NeurIPS 2024, arXiv 2402.11505"
     folds = uniform = linear = True
 

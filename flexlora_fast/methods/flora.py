@@ -25,7 +25,7 @@ class FLoRA(Method):
 
     name = "flora"
     summary = "exact sum, added to every client's frozen weights; adapters begin anew (mixed ranks, large downloads)"
-    use = "cross-silo with fast links, where nothing may be cut off and clients may change their base weights"
+    use = "across silos with fast links, where nothing may be cut off and clients may change their base weights"
     source = "Wang et al., NeurIPS 2024, arXiv 2409.05976"
     clients = "add base_delta to their frozen weights after each round (update.merge_into)"
     output = "fresh"
