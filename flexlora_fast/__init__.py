@@ -14,7 +14,8 @@ from flexlora_fast.combining import combine
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.journal import Receipt, Round
 from flexlora_fast.merging import merge
-from flexlora_fast.methods import fedopt as _fedopt  # noqa: F401 (has ff.methods.fedopt there)
+from flexlora_fast.methods import fedbuff as _fedbuff  # noqa: F401 (has ff.methods.fedbuff there)
+from flexlora_fast.methods import fedopt as _fedopt  # noqa: F401
 from flexlora_fast.methods import slora as _slora  # noqa: F401
 from flexlora_fast.oneshot import aggregate
 from flexlora_fast.privacy import Privacy
