@@ -205,7 +205,7 @@ def kept(layer: LayerUpdate) -> list[tuple[Tensor, Tensor]]:
     pairs = [] if layer.averaged is None else [layer.averaged]
     if layer.base is not None and len(layer.base) == 1:
         dense = layer.base[0]
-        pairs.append((dense, torch.eye(dense.shape[2]).expand(len(dense), -1, -1)))
+        pairs.append((dense, torch.eye(dense.shape[2]).repeat(len(dense), 1, 1)))
     elif layer.base is not None:
         pairs.append((layer.base[0], layer.base[1]))
     if pairs:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from flexlora_fast import devices, extras, finishing, methods, outcome, storage
-from flexlora_fast.admission import facts_of, geometry, is_weight
+from flexlora_fast.admission import check_configs, check_geometries, is_weight
+from flexlora_fast.combining import kept, left_out
 from flexlora_fast.errors import AdapterError, EmptyRoundError, IncompatibleAdapterError, OptionError, WeightError
 from flexlora_fast.files import replace
 from flexlora_fast.layer import LayerUpdate
@@ -32,9 +33,6 @@ from flexlora_fast.precision import full_precision
 from flexlora_fast.skeleton import Form
 from flexlora_fast.stack import Stack
 from flexlora_fast.update import ClientRecord, GlobalUpdate
-
-# An energy that was estimated is taken this many standard errors larger.
-_STANDARD_ERRORS = 3
 
 
 @dataclass(frozen=True)
@@ -187,12 +185,7 @@ def _common(edges: Sequence[_Edge]) -> tuple[Method, str]:
                 raise IncompatibleAdapterError(
                     f"{edge.name} was made with {what}={other!r}, {first.name} with {one!r}; aggregate them alike"
                 )
-        agreed = facts_of(first.update.template)
-        for fact, (value, remedy) in facts_of(edge.update.template).items():
-            if fact in agreed and agreed[fact][0] != value:
-                raise IncompatibleAdapterError(
-                    f"{fact} of {edge.name} is {value!r}, that of {first.name} is {agreed[fact][0]!r}; {remedy}"
-                )
+    check_configs((edge.name, edge.update.template) for edge in edges)
     private = next((edge.name for edge in edges if edge.update.privacy is not None), None)
     if private is not None:
         raise OptionError(
@@ -203,18 +196,11 @@ def _common(edges: Sequence[_Edge]) -> tuple[Method, str]:
     if known is None or not known.linear:
         raise OptionError(
             f"updates of method {first.update.method!r} do not add up to that of all clients; aggregate these in one "
-            "round, or use one of {', '.join(name for name, m in methods.METHODS.items() if m.linear)}"
+            f"round, or use one of {', '.join(name for name, m in methods.METHODS.items() if m.linear)}"
         )
+    check_geometries((edge.name, layer.spec) for edge in edges for layer in edge.update.values())
     owners = dict[str, str]()
     for edge in edges:
-        for layer, update in edge.update.items():
-            known_spec = _first(edges, layer).spec
-            if geometry(update.spec) != geometry(known_spec):
-                raise IncompatibleAdapterError(
-                    f"{edge.name} has {update.spec.m}×{update.spec.n} there ({update.spec.kind}), another update has "
-                    f"{known_spec.m}×{known_spec.n} ({known_spec.kind}); all must adapt the same base model",
-                    layer=layer,
-                )
         for client in edge.update.clients:
             if owners.setdefault(client.name, edge.name) != edge.name:
                 raise IncompatibleAdapterError(
@@ -280,9 +266,9 @@ def _layer(
     bias: Tensor | None = None
     for edge in having:
         layer, share = edge.update[name], edge.having(name, missing) / total
-        B, A = (X.to(device) for X in _factors(layer))
+        B, A = (X.to(device) for X in kept(layer)[0])
         contributions.append(Contribution(edge.name, A, B, 1.0, share))
-        inherited += share * _left_out(layer)
+        inherited += share * left_out(layer)
         if layer.bias is not None:
             part = share * layer.bias.double()
             bias = part if bias is None else bias + part
@@ -299,31 +285,6 @@ def _layer(
         method, spec, contributions, rank or columns, solved, lambda stack: None, mean, inherited
     )
     return outcome.limited(method, update)
-
-
-def _factors(layer: LayerUpdate) -> tuple[Tensor, Tensor]:
-    """B (E, m, r) and A (E, r, n) whose product is all that the update keeps; averaged factors as they are."""
-    if layer.averaged is not None:
-        return layer.averaged
-    if layer.base is not None:  # all of ΔW
-        dense = layer.base[0]
-        return (
-            (layer.base[0], layer.base[1])
-            if len(layer.base) > 1
-            else (dense, torch.eye(dense.shape[2]).repeat(len(dense), 1, 1))
-        )
-    f = layer.factorization
-    # S is split between the two: singular values beyond float32 would not fit into one of them.
-    root = f.S.sqrt()
-    return (f.U.double() * root.unsqueeze(1)).float(), (f.V.double() * root.unsqueeze(1)).mT.float()
-
-
-def _left_out(layer: LayerUpdate) -> float:
-    """A bound of ‖ΔW − X‖_F for what an update keeps of its layer: all of it (0), or as its certificate says."""
-    if layer.merges or layer.averaged is not None or layer.complete:
-        return layer.inherited
-    beyond = layer.energy + _STANDARD_ERRORS * layer.energy_error - float(layer.factorization.S.square().sum())
-    return layer.inherited + max(0.0, beyond) ** 0.5
 
 
 # -- averages ---

@@ -193,7 +193,7 @@ def test_what_cannot_be_merged():
         "method='fedit'": aggregate(clients[2:], method="fedit"),
         "missing='renormalize'": aggregate(clients[2:], missing="renormalize"),
         "base_model_name_or_path": aggregate([rounds.client("x", base_model_name_or_path="another")]),
-        "31×12": aggregate([rounds.client("x", [rounds.Layer("h.0.up", 31, 12)])]),
+        "31 outputs and 12 inputs of update 1": aggregate([rounds.client("x", [rounds.Layer("h.0.up", 31, 12)])]),
     }
     for why, other in others.items():
         with pytest.raises(errors.IncompatibleAdapterError, match=why):
