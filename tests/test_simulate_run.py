@@ -39,3 +39,136 @@ def test_the_same_seed_gives_the_same_numbers_and_another_others(tmp_path: Path)
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
     assert numbers(tmp_path / "a") != numbers(tmp_path / "c")
     assert (tmp_path / "a/scores.npz").read_bytes() == (tmp_path / "b/scores.npz").read_bytes()
+
+
+def test_an_slora_stage_trains_base_weights_and_then_initialises_the_adapters(tmp_path: Path) -> None:
+    stage = {"rounds": 2, "density": 0.5, "densities": {"4": 0.9}}
+    run(experiment(rounds=3, method__slora=stage), tmp_path, workers=0)
+    rounds = results.read(tmp_path).rounds
+    assert rounds[1].update is None and rounds[2].update.norm > 0
+    assert len({line.test.loss for line in rounds}) == 4
+    # Values alone are sent: a client of density 0.9 sends more than one of 0.5, and neither sends its adapter.
+    assert not (tmp_path / "state/00003/sparse.safetensors").exists()
+    assert rounds[3].bytes.up < rounds[1].bytes.up
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "fedavgm"}, {"name": "fedadam", "lr": 0.01}])
+def test_a_server_optimizer_moves_the_update(optimizer: dict[str, Any], tmp_path: Path) -> None:
+    run(experiment(rounds=3), tmp_path / "plain", workers=0)
+    run(experiment(rounds=3, server__optimizer=optimizer), tmp_path / "moved", workers=0)
+    plain, moved = (results.read(tmp_path / name).rounds for name in ("plain", "moved"))
+    assert moved[3].update.norm != plain[3].update.norm
+    if optimizer["name"] == "fedavgm":  # without a moment yet, its first step is the round's update
+        assert moved[1].test.loss == pytest.approx(plain[1].test.loss, abs=1e-5)
+
+
+def test_hetlora_clients_prune_their_ranks(tmp_path: Path) -> None:
+    pruning = {"method__gamma": 0.5, "method__penalty": 100.0, "training__lr": 0.1, "training__steps": 4}
+    run(experiment(method__name="hetlora", rounds=3, ranks={"all": 4}, **pruning), tmp_path, workers=0)
+    rounds = results.read(tmp_path).rounds
+    before, after = ({name: one.rank for name, one in rounds[i].train.clients.items()} for i in (1, 3))
+    assert set(after.values()) < {1, 2, 4} and sum(after.values()) < sum(before.values()) + 1
+    assert min(after.values()) < 4
+
+
+def test_ffa_lora_trains_b_alone(tmp_path: Path) -> None:
+    run(experiment(method__name="ffa-lora", rounds=1), tmp_path, workers=0)
+    folder = tmp_path / "state/sent/00001/4"
+    import flexlora_fast as ff
+
+    start, sent = ff.Adapter.load(tmp_path / "state/initial"), ff.Adapter.load(folder)
+    for layer in start.layers:
+        A, B = (adapter.factors(layer) for adapter in (start, sent))
+        assert (A[0] - B[0]).abs().max() < 1e-6 and B[1].abs().max() > 0
+
+
+def test_dropouts_leave_the_round_to_the_others_or_to_nobody(tmp_path: Path) -> None:
+    run(experiment(rounds=4, clients__dropout=0.7, clients__per_round=2), tmp_path, workers=0)
+    rounds = results.read(tmp_path).rounds[1:]
+    for line in rounds:
+        assert len(line.sampled) == 2 and set(line.dropped) <= set(line.sampled)
+        assert set(line.train.clients) == set(line.sampled) - set(line.dropped)
+        assert (line.update is None) == (len(line.dropped) == 2)
+    assert any(line.update is None for line in rounds) and any(line.update is not None for line in rounds)
+
+
+def test_a_client_that_diverges_is_refused_and_the_round_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = worker.Worker.train
+
+    def diverge(self: worker.Worker, job: Any) -> Any:
+        done = train(self, job)
+        if job.client == "client-2":
+            import torch
+            from safetensors.torch import load_file, save_file
+
+            path = job.out / "adapter_model.safetensors"
+            save_file({key: torch.full_like(value, torch.nan) for key, value in load_file(path).items()}, path)
+        return done
+
+    monkeypatch.setattr(worker.Worker, "train", diverge)
+    run(experiment(), tmp_path, workers=0)
+    for line in results.read(tmp_path).rounds[1:]:
+        assert [(one.client, one.code) for one in line.refused] == [("client-2", "adapter")]
+        assert line.update.norm > 0 and line.test.loss is not None
+
+
+def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = experiment(rounds=3, server__optimizer={"name": "fedavgm"}, method__name="flexlora")
+    run(wanted, tmp_path / "whole", workers=0)
+    train, evaluate, count = worker.Worker.train, worker.Worker.evaluate, [0]
+
+    def stop(then: Any) -> Any:
+        def job(self: worker.Worker, given: Any) -> Any:
+            count[0] += 1
+            if count[0] % 4 == 0:
+                raise KeyboardInterrupt
+            return then(self, given)
+
+        return job
+
+    monkeypatch.setattr(worker.Worker, "train", stop(train))
+    monkeypatch.setattr(worker.Worker, "evaluate", stop(evaluate))
+    for _ in range(30):
+        try:
+            run(wanted, tmp_path / "parts", workers=0, resume=True)
+        except KeyboardInterrupt:
+            continue
+        break
+    assert count[0] > 8
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    for name in ("scores.npz", "clients.json", "state/sent/00003/4/adapter_model.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_disk_holds_one_state(tmp_path: Path) -> None:
+    run(experiment(rounds=3), tmp_path, workers=0)
+    there = sorted(path.name for path in (tmp_path / "state").iterdir())
+    assert there == ["00003", "initial", "sent", "work"]
+    assert [path.name for path in (tmp_path / "state/sent").iterdir()] == ["00003"]
+    assert not list((tmp_path / "state/work").iterdir())
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    run(experiment(rounds=1), tmp_path, workers=0)
+    with pytest.raises(SimulationError, match="--resume goes on"):
+        run(experiment(rounds=1), tmp_path, workers=0)
+    with pytest.raises(SimulationError, match="its seed is 0, not 1"):
+        run(experiment(rounds=1, seed=1), tmp_path, workers=0, resume=True)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    run(experiment(rounds=1), tmp_path, workers=0, resume=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    run(experiment(rounds=1, seed=1), tmp_path, workers=0, force=True)
+    assert json.loads((tmp_path / "summary.json").read_text())["seed"] == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").touch()
+    with pytest.raises(SimulationError, match="holds something else"):
+        run(experiment(), tmp_path / "other", workers=0, force=True)
+
+
+def test_equal_ranks_are_asked_for_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="'fedex-lora' needs equal ranks, and there are 1, 2, 4; set ranks.everyone"):
+        run(experiment(method__name="fedex-lora"), tmp_path, workers=0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flexlora_fast.methods.sparse import Mask
 from flexlora_fast.simulate.learners.base import About, LoraSpec, ModelSpec
 from flexlora_fast.simulate.spec import Training
 
@@ -43,12 +44,21 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """The entries of base weights that a client trains, what they start from, and the file they are written to."""
+
+    mask: Mask
+    start: Path | None
+    out: Path
+
+
+@dataclass(frozen=True)
 class TrainJob:
     """One client in one round: start from ``model`` and leave what was trained in ``out``.
 
     Attributes:
-        rows: first and last + 1 of the training data. factor: of the learning rates. density: of the sparse masks of an
-            SLoRA stage, whose seed is ``mask``; None trains the adapter.
+        rows: first and last + 1 of the training data. factor: of the learning rates. sparse: in an SLoRA stage what is
+            trained in place of the adapter.
     """
 
     client: str
@@ -57,8 +67,7 @@ class TrainJob:
     out: Path
     seed: int
     factor: float = 1.0
-    density: float | None = None
-    mask: int = 0
+    sparse: Sparse | None = None
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from flexlora_fast.adapter import Adapter
 from flexlora_fast.errors import OptionError, SimulationError
 from flexlora_fast.simulate import metrics, pool
 from flexlora_fast.simulate.corpus import CLIENT
-from flexlora_fast.simulate.jobs import EvaluateJob, Setup, Tested, Trained, TrainJob
+from flexlora_fast.simulate.jobs import EvaluateJob, Model, Setup, Tested, Trained, TrainJob
 from flexlora_fast.simulate.pool import Pool
 from flexlora_fast.simulate.prepare import INITIAL, TRAIN, Client, People, prepare, write_json
 from flexlora_fast.simulate.results import EXPERIMENT, SCORES, SUMMARY
-from flexlora_fast.simulate.server import Server
+from flexlora_fast.simulate.server import OPTIMIZERS, Server, Upload
 from flexlora_fast.simulate.spec import Experiment
-from flexlora_fast.simulate.state import State
+from flexlora_fast.simulate.state import SPARSE, State
 
 LOCK = ".lock"
 PARTS = 8  # that the rows of a test are shared out in: more than most machines have workers for one model
@@ -83,8 +83,8 @@ class _Run:
         self.people = prepare(experiment, out)
         if len(self.people.types) > 1 and not experiment.method.make().mixed:
             raise OptionError(
-                f"method {experiment.method.name!r} needs equal ranks, and there are {', '.join(self.people.types)}; set "
-                "ranks.everyone to 'smallest', or take a method for mixed ranks"
+                f"method {experiment.method.name!r} needs equal ranks, and there are {', '.join(self.people.types)}; "
+                "set ranks.everyone to 'smallest', or take a method for mixed ranks"
             )
         self.lines = metrics.lines(out)
 
@@ -121,7 +121,9 @@ class _Run:
         if not initial.is_dir():
             self.pool.run([initial])
         done = self.lines[-1]["round"] if self.lines else 0
-        state = State.load(self.state_folder / f"{done:05d}") if done else State()
+        wanted = self.experiment.server.optimizer
+        optimizer = None if wanted is None else OPTIMIZERS[wanted.name]
+        state = State.load(self.state_folder / f"{done:05d}", optimizer) if done else State()
         return Server(self.experiment, self.people, self.state_folder, Adapter.load(initial).in_memory(), state)
 
     # -- a round ---
@@ -146,8 +148,8 @@ class _Run:
         down = self.server.sent_bytes(sampled)
         done = self._train(number, asked)
         trained = time.perf_counter()
-        outcome = self.server.aggregate([(client, self._work(number, client) / "adapter") for client in asked])
-        self.server.advance(outcome)
+        outcome = self.server.aggregate([self._upload(number, client) for client in asked])
+        self.server.advance(outcome, {name: result.rank for name, result in done.items()})
         seconds |= {"train": trained - started, "aggregate": time.perf_counter() - trained}
         answered = {client.name for client in asked}
         return {
@@ -155,9 +157,20 @@ class _Run:
             "dropped": [client.name for client in sampled if client.name not in answered],
             "refused": metrics.refusals(outcome.refused),
             "train": metrics.training(done),
-            "update": None if outcome.update is None else metrics.updating(outcome.update, self.server.by_type),
+            "update": None if outcome.update is None else self._updated(),
             "bytes": {"up": sum(trained.bytes for trained in done.values()), "down": down},
         }
+
+    def _updated(self) -> dict[str, Any] | None:
+        """Of the state's update; in an SLoRA stage adapters have none."""
+        now = self.server.state
+        return (
+            None if now.update is None or now.sparse is not None else metrics.updating(now.update, self.server.by_type)
+        )
+
+    def _upload(self, number: int, client: Client) -> Upload:
+        sparse = self._work(number, client) / SPARSE
+        return Upload(client, self._work(number, client) / "adapter", sparse if sparse.is_file() else None)
 
     def _work(self, number: int, client: Client) -> Path:
         return self.state_folder / "work" / f"{number:05d}" / f"{client.index:06d}"
@@ -190,13 +203,15 @@ class _Run:
 
     def _job(self, number: int, client: Client, out: Path) -> TrainJob:
         seed = np.random.SeedSequence([self.experiment.seed, TRAIN, number, client.index]).generate_state(1)[0]
+        sparse, model = self.server.sparse(client, out.parent / SPARSE), self.server.model_of(client)
         return TrainJob(
             client.name,
             (client.first, client.first + client.train),
-            self.server.model_of(client),
+            model if sparse is None else Model(model.adapter),  # what was trained so far is in ``sparse``
             out,
             int(seed),
             self.experiment.training.factor(number),
+            sparse,
         )
 
     # -- tests ---

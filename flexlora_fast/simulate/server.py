@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flexlora_fast import config as configs
+from flexlora_fast import layouts
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.errors import AdapterError, EmptyRoundError
+from flexlora_fast.methods.fedopt import FedAdam, FedAvgM, ServerOptimizer
+from flexlora_fast.methods.slora import initial
+from flexlora_fast.methods.sparse import Mask, SparseDelta, average
 from flexlora_fast.simulate import ranks, state
-from flexlora_fast.simulate.jobs import Model
+from flexlora_fast.simulate.jobs import Model, Sparse
 from flexlora_fast.simulate.prepare import DROPOUT, INITIAL, SAMPLE, Client, People
 from flexlora_fast.simulate.spec import Experiment
 from flexlora_fast.simulate.state import State
@@ -27,10 +32,22 @@ from flexlora_fast.update import GlobalUpdate, Refusal
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a round's aggregation gave: the new update (None: nobody was accepted), and who was refused."""
+    """What a round's aggregation gave: the update (None: nobody was accepted), the mean of the sparse changes of an
+    SLoRA stage, and who was refused.
+    """
 
     update: GlobalUpdate | None
+    sparse: SparseDelta | None = None
     refused: list[Refusal] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a client sent: an adapter folder, and the file of an SLoRA stage."""
+
+    client: Client
+    adapter: Path
+    sparse: Path | None = None
 
 
 class Server:
@@ -47,6 +64,8 @@ class Server:
         self.rank = max(max(found.values()) for found in self.by_type.values())
         self.heaviest = list(self.by_type)[-1]
         self.fresh = self.method.output == "fresh"
+        if now.optimizer is None:
+            now.optimizer = fresh_optimizer(experiment, self.rank)
 
     # -- whom it asks ---
 
@@ -111,41 +130,77 @@ class Server:
 
     # -- what it makes of the answers ---
 
-    def aggregate(self, uploads: Sequence[tuple[Client, Path]]) -> Outcome:
+    def sparse(self, client: Client, out: Path) -> Sparse | None:
+        """What that client trains in the next round of an SLoRA stage; None when there is none."""
+        stage = self.experiment.method.slora
+        if stage is None or self.state.round >= stage.rounds:
+            return None
+        mask = Mask(self.experiment.seed, stage.densities.get(client.type, stage.density))
+        return Sparse(mask, self.state.sparse, out)
+
+    def aggregate(self, uploads: Sequence[Upload]) -> Outcome:
         """The update of those uploads that are accepted; weights are the clients' numbers of rows."""
+        stage = any(upload.sparse is not None for upload in uploads)
         options = self.experiment.server
         aggregator = Aggregator(
             self.rank,
-            self.method,
+            "flexlora" if stage else self.method,  # in the stage only heads change, which all methods average
             options.solver,
             options.tol,
             "cuda" if torch.cuda.is_available() else None,
             self.experiment.seed,
-            defence=options.defence,
+            defence=None if stage else options.defence,
             progress=False,
         )
-        for client, path in uploads:
+        deltas: list[tuple[SparseDelta, int]] = []
+        for upload in uploads:
+            client = upload.client
             try:
-                aggregator.add(path, weight=client.train, client=client.name)
-            except AdapterError:
-                continue  # noted in ``refused``; a client that diverged ends no round
+                delta = None if upload.sparse is None else SparseDelta.load(upload.sparse, client.name)
+                aggregator.add(upload.adapter, weight=client.train, client=client.name)
+            except AdapterError as error:  # a client that diverged ends no round
+                if not any(refusal.client == client.name for refusal in aggregator.refused):
+                    aggregator.refused.append(Refusal(client.name, str(error), error.code))
+                continue
+            deltas += [] if delta is None else [(delta, client.train)]
         try:
-            return Outcome(aggregator.finish(), aggregator.refused)
+            update = aggregator.finish()
         except EmptyRoundError:
-            return Outcome(None, aggregator.refused)
+            return Outcome(None, refused=aggregator.refused)
+        mean = average([delta for delta, _ in deltas], [weight for _, weight in deltas]) if deltas else None
+        return Outcome(update, mean, aggregator.refused)
 
-    def advance(self, outcome: Outcome) -> None:
-        """The state after the round, also on disk."""
-        now, update = self.state, outcome.update
+    def advance(self, outcome: Outcome, ranks_left: Mapping[str, int]) -> None:
+        """The state after the round, also on disk. ``ranks_left``: of clients, after their self-pruning."""
+        now, update, sparse = self.state, outcome.update, outcome.sparse
         now.round += 1
-        added = None
-        if update is not None:
-            now.update = update
+        base: Mapping[str, Tensor] | None = None
+        stage = self.experiment.method.slora
+        if sparse is None and stage is not None and now.round <= stage.rounds:  # nobody came
+            sparse = None if now.sparse is None else SparseDelta.load(now.sparse)
+        if sparse is not None and stage is not None and now.round == stage.rounds:
+            heads = update or now.update
+            assert heads is not None
+            update, sparse = initial(sparse, self.initial, self.rank, extras=heads.extras, seed=heads.seed), None
+            now.base = None
+        elif sparse is not None:
+            base = dict(self._weights(sparse))
+        elif update is not None:
+            if now.optimizer is not None:
+                update = now.optimizer.step(now.update, update)
             if self.method.merges:
-                added = self._added(update)
-        now.save(self.folder / f"{now.round:05d}", added)
+                base = self._added(update)
+        now.update = update or now.update
+        if self.experiment.method.gamma is not None:
+            now.ranks |= {name: dict.fromkeys(self.initial.layers, rank) for name, rank in ranks_left.items()}
+        now.save(self.folder / f"{now.round:05d}", base=base, sparse=sparse)
 
-    def _added(self, update: GlobalUpdate) -> dict[str, torch.Tensor]:
+    def _weights(self, sparse: SparseDelta) -> Iterator[tuple[str, Tensor]]:
+        """Trained entries in the layout of the weights, dense, by layer."""
+        for layer, delta in sparse.items():
+            yield layer, layouts.to_weight_layout(self.initial.spec(layer), delta.unsqueeze(0))
+
+    def _added(self, update: GlobalUpdate) -> dict[str, Tensor]:
         """What the base weights have more than in the beginning, with this round's part."""
         total = state.added(self.state.base)
         for layer in update:
@@ -160,3 +215,17 @@ class Server:
             for path in kind.glob("[0-9]" * 5) if kind.is_dir() else ():
                 if int(path.name) < self.state.round + (kind.name == "work"):
                     shutil.rmtree(path)
+
+
+OPTIMIZERS: dict[str, type[ServerOptimizer]] = {"fedavgm": FedAvgM, "fedadam": FedAdam}
+
+
+def fresh_optimizer(experiment: Experiment, rank: int) -> ServerOptimizer | None:
+    """The server optimizer that the experiment asks for, before its first step."""
+    wanted, options = experiment.server.optimizer, experiment.server
+    if wanted is None:
+        return None
+    shared = {"solver": options.solver, "tol": options.tol, "seed": experiment.seed}
+    if wanted.name == "fedavgm":
+        return FedAvgM(wanted.lr, wanted.momentum, rank, **shared)  # type: ignore[arg-type]
+    return FedAdam(wanted.lr, wanted.beta1, wanted.beta2, wanted.tau, rank, **shared)  # type: ignore[arg-type]

@@ -106,10 +106,15 @@ class Ranks(Table):
 
 
 class Sparse(Table):
-    """``[method.slora]``: rounds of sparse fine-tuning of the base weights whose sum then initialises the adapters."""
+    """``[method.slora]``: ``rounds`` of sparse fine-tuning of base weights, whose average then initialises adapters.
+
+    ``density``: the share of the weights' entries that are trained; ``densities``: another one for clients of a type,
+    by its label ("8", "30/200"), as in FlexLoRA's experiments.
+    """
 
     rounds: Count
     density: Fraction
+    densities: dict[str, Fraction] = {}
 
 
 class MethodTable(Table):
@@ -127,7 +132,7 @@ class MethodTable(Table):
     name: str = "flexlora"
     label: str | None = None
     settings: dict[str, Any] = {}
-    gamma: Fraction | None = None
+    gamma: Annotated[float, Field(gt=0, lt=1)] | None = None
     penalty: Annotated[float, Field(ge=0)] = 0.0
     slora: Sparse | None = None
 
@@ -266,6 +271,9 @@ class Experiment(Table):
     def _rounds(self) -> Experiment:
         if self.method.slora is not None and self.method.slora.rounds >= self.rounds:
             raise ValueError(f"method.slora.rounds leaves none of the {self.rounds} rounds; raise rounds")
+        method = self.method.make()
+        if self.server.optimizer is not None and (method.merges or method.trains != ("A", "B")):
+            raise ValueError(f"method {self.method.name!r} has no server.optimizer; take flexlora or fedit")
         return self
 
     @property

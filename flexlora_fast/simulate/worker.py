@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from transformers import PrinterCallback
 
 from flexlora_fast import live
 from flexlora_fast.adapter import Adapter
-from flexlora_fast.simulate.jobs import EvaluateJob, Model, Setup, Tested, Trained, TrainJob
+from flexlora_fast.methods.hetlora import pruned_rank, pruning_penalty
+from flexlora_fast.methods.slora import SparseDelta, SparseTuning
+from flexlora_fast.simulate.jobs import EvaluateJob, Model, Setup, Sparse, Tested, Trained, TrainJob
 from flexlora_fast.simulate.learners import learner_class
 from flexlora_fast.simulate.pool import gpus
 from flexlora_fast.simulate.processes import settle
 from flexlora_fast.simulate.uploads import nbytes, norm, save
 from flexlora_fast.tensorfile import TensorFile
+from flexlora_fast.truncation import truncated
 
 
 class Worker:
@@ -59,14 +62,16 @@ class Worker:
         started = time.perf_counter()
         self.put(job.model)
         self.loaded = None
-        # Every round has a new Trainer and with it a new optimizer. It has to: the rank may have changed, and even
-        # where it has not, the SVD has turned the basis of the factors, to which Adam's moments belong.
-        trainer = self.learner.trainer(self.rows("train", job.rows), self.arguments(job), self.optimizer(job.factor))
-        trainer.remove_callback(PrinterCallback)
-        with self.penalized():
-            output = trainer.train()
-        adapter = Adapter.from_peft(self.model, client=job.client)
+        tuning = nullcontext() if job.sparse is None else self.sparse(job.sparse, job.client)
+        with tuning, self.penalized():
+            output = self.fit(job)
+        adapter = self.pruned(Adapter.from_peft(self.model, client=job.client), job.model.adapter)
         save(adapter, job.out)
+        size = nbytes(adapter)
+        if job.sparse is not None and isinstance(tuning, SparseTuning):
+            delta = tuning.delta()
+            delta.save(job.sparse.out)
+            size = delta.nbytes + sum(extra.nbytes for extra in adapter.extras.values())
         seen = output.global_step * self.setup.training.batch
         if self.setup.training.epochs is not None:
             seen = math.ceil(self.setup.training.epochs * (job.rows[1] - job.rows[0]))
@@ -76,8 +81,30 @@ class Worker:
             seconds=time.perf_counter() - started,
             rank=max(adapter.rank(layer) for layer in adapter.layers),
             norm=norm(adapter),
-            bytes=nbytes(adapter),
+            bytes=size,
         )
+
+    def fit(self, job: TrainJob) -> Any:
+        """Have the model trained by a ``Trainer``; what that gives back."""
+        # Every round has a new Trainer and with it a new optimizer. It has to: the rank may have changed, and even
+        # where it has not, the SVD has turned the basis of the factors, to which Adam's moments belong.
+        trainer = self.learner.trainer(self.rows("train", job.rows), self.arguments(job), self.optimizer(job.factor))
+        trainer.remove_callback(PrinterCallback)
+        return trainer.train()
+
+    def sparse(self, part: Sparse, client: str) -> SparseTuning:
+        """Within it the masked entries of base weights train, and the adapter does not."""
+        start = None if part.start is None else SparseDelta.load(part.start)
+        return SparseTuning(self.model, part.mask, start=start, client=client)
+
+    def pruned(self, adapter: Adapter, start: Path) -> Adapter:
+        """The adapter at the rank that HetLoRA's self-pruning leaves it, where the run asks for that."""
+        gamma = self.setup.gamma
+        if gamma is None:
+            return adapter
+        rank = pruned_rank(adapter, gamma, Adapter.load(start))
+        scales = {layer: adapter.scale(layer) for layer in adapter.layers}
+        return truncated(adapter, dict.fromkeys(adapter.layers, rank), scales)
 
     def evaluate(self, job: EvaluateJob) -> Tested:
         """Test a model."""
@@ -138,13 +165,13 @@ class Worker:
         )
 
     def optimizer(self, factor: float) -> torch.optim.Optimizer:
-        """A fresh one, with another learning rate for what is no factor of LoRA: a head starts from nothing."""
+        """A fresh one, with another learning rate for what is no update of base weights: a head starts from nothing."""
         training = self.setup.training
         factors: list[Tensor] = []
         others: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                (factors if "lora_" in name else others).append(parameter)
+                (factors if "lora_" in name or "sparse_values" in name else others).append(parameter)
         groups: list[dict[str, Any]] = [{"params": factors, "lr": factor * training.lr}]
         if others:
             groups.append({"params": others, "lr": factor * (training.lr_head or training.lr)})
@@ -159,7 +186,6 @@ class Worker:
         if gamma is None or not penalty:
             yield
             return
-        from flexlora_fast.methods.hetlora import pruning_penalty
 
         def add(model: Any, _: Any, output: Any) -> Any:
             if model.training and output.loss is not None:
