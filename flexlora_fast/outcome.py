@@ -48,7 +48,7 @@ def of_contributions(
         update = dataclasses.replace(update, averaged=averaged, frozen="A" not in method.trains)
     base = method.base(contributions, stack, solve)
     if base is not None:
-        update = dataclasses.replace(update, base=base.factors, base_error=base.error)
+        update = dataclasses.replace(update, base=tuple(X.contiguous() for X in base.factors), base_error=base.error)
     return update
 
 

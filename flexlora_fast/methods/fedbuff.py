@@ -58,7 +58,8 @@ class Sent(NamedTuple):
 
 
 class FedBuff:
-    """A server of asynchronous rounds.
+    """A server of asynchronous rounds. Its versions and buffer are in memory alone: after a restart, begin with
+    ``initial`` the last update that was saved, and send it out anew.
 
     Args:
         goal: clients in the buffer that a step takes.

@@ -42,6 +42,8 @@ class FLoRIST(FlexLoRA):
         energy = float(f.energy.sum())
         if not energy:  # a first round, where nothing was learnt: the spectrum does not tell
             return None
-        held = f.S.square().sum(dim=0).cumsum(0)
-        enough = torch.nonzero(held >= self.tau * energy * (1 - 1e-12))
+        squares = f.S.square().sum(dim=0)
+        # From the end, where the small ones are: sums from the front would not resolve them.
+        beyond = squares.flip(0).cumsum(0).flip(0) - squares + max(0.0, energy - float(squares.sum()))
+        enough = torch.nonzero(beyond <= (1 - self.tau) * energy * (1 + 1e-9))
         return int(enough[0]) + 1 if enough.numel() else None
