@@ -12,11 +12,13 @@ pytest.importorskip("peft")
 pytest.importorskip("datasets")
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
+pytest.importorskip("rouge_score")
+pytest.importorskip("reasoning_gym")
 
 from flexlora_fast.simulate import results, tasks
 from flexlora_fast.simulate.run import run
 from flexlora_fast.simulate.spec import Experiment
-from tests import published
+from tests import published, task_files
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # What makes any of them small: random models, a step a round, few rows to test on.
@@ -31,11 +33,12 @@ SMALL = (
     "evaluation.every=1",
     "evaluation.limit=8",
 )
+ANSWERS = ("task.max_new_tokens=2", "model.max_length=64", "evaluation.limit=4")
 FEW_CLIENTS = ("clients.number=3", "clients.per_round=2", "clients.alpha=1.0")
 
 # The config file; what writes small files of the task's format to a folder and gives the path to them; changes.
 Made = Callable[[Path], Path]
-PLAYED: dict[str, tuple[Made, tuple[str, ...]]] = {
+PLAYED: dict[str, tuple[Made | None, tuple[str, ...]]] = {
     "trec": (published.trec, (*FEW_CLIENTS, "task.test=20")),
     "banking77": (published.banking77, FEW_CLIENTS),
     "newsgroups": (published.newsgroups, FEW_CLIENTS),
@@ -44,6 +47,17 @@ PLAYED: dict[str, tuple[Made, tuple[str, ...]]] = {
         published.domainnet,
         ("task.domains=['clipart', 'real']", "task.unseen=['sketch']", "task.classes=['apple', 'bear', 'whale']"),
     ),
+    "natural-instructions": (
+        lambda folder: task_files.authors(folder, clients=5),
+        (*ANSWERS, "task.clients=3", "task.unseen=2"),
+    ),
+    "gsm8k": (task_files.gsm8k, (*ANSWERS, "clients.number=3", "clients.per_round=2")),
+    "commonsense": (task_files.commonsense, (*ANSWERS, "task.sets=['boolq', 'piqa']", "task.unseen=['winogrande']")),
+    "telequad": (task_files.telequad, ANSWERS),
+    "reasoning-gym": (
+        None,  # it makes its own data
+        (*ANSWERS, "task.tasks=['chain_sum', 'gcd']", "task.unseen=['count_bits']", "task.train=4", "task.test=2"),
+    ),
 }
 
 
@@ -51,8 +65,8 @@ PLAYED: dict[str, tuple[Made, tuple[str, ...]]] = {
 def test_two_rounds_of_every_task(name: str, tmp_path: Path) -> None:
     make, changes = PLAYED[name]
     (tmp_path / "data").mkdir()
-    path = make(tmp_path / "data")
-    experiment = Experiment.read(CONFIGS / f"{name}.toml", [*SMALL, f"task.path={path}", *changes])
+    given = [] if make is None else [f"task.path={make(tmp_path / 'data')}"]
+    experiment = Experiment.read(CONFIGS / f"{name}.toml", [*SMALL, *given, *changes])
     summary = run(experiment, tmp_path / "out", workers=0)
     found = results.read(tmp_path / "out")
     assert summary["metric"] == tasks.task_class(name).metric
