@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,8 @@ class FedBuff:
         initial: version 0, if clients start from more than new LoRA factors (ΔW = 0): an update, or an adapter. With
             heads or other tensors that are no low-rank pairs it is needed as soon as a client is late: what it changed
             is known only beside what it started from. Without it the first step takes their average.
+        versions: in place of ``initial`` the versions of a server that was stopped between two steps, by number, the
+            current one and those before it that clients still train from.
         policy, spool, memory_limit: as for ``ff.Aggregator``, of what clients send.
         solver, tol, seed, device: as for ``ff.aggregate``.
 
@@ -106,6 +108,7 @@ class FedBuff:
         *,
         max_staleness: int = 10,
         initial: GlobalUpdate | Adapter | None = None,
+        versions: Mapping[int, GlobalUpdate] | None = None,
         policy: RoundPolicy | None = None,
         spool: str | os.PathLike[str] | None = None,
         memory_limit: int | str | None = None,
@@ -127,10 +130,13 @@ class FedBuff:
         self.refused = Refusals()
         self.version = 0
         self._versions: dict[int, GlobalUpdate] = {}
+        if versions:
+            if initial is not None:
+                raise OptionError("initial= is version 0; give it in versions=, or give one of the two")
+            self._versions = {number: _checked(version) for number, version in versions.items()}
+            self.version = max(versions)
         if initial is not None:
-            self._versions[0] = (
-                combining.combine([(1.0, initial)]) if isinstance(initial, Adapter) else _checked(initial)
-            )
+            self._versions[0] = _as_update(initial)
         self._records: dict[str, ClientRecord] = {}
         self._sent: dict[str, tuple[int, torch.dtype]] = {}
 
@@ -303,6 +309,10 @@ class _Buffer(Aggregator):
     def shares(self) -> list[Client]:
         """Those of positive weight, by name, with p_i."""
         return self._weighted()
+
+
+def _as_update(initial: GlobalUpdate | Adapter) -> GlobalUpdate:
+    return combining.combine([(1.0, initial)]) if isinstance(initial, Adapter) else _checked(initial)
 
 
 def _checked(initial: GlobalUpdate) -> GlobalUpdate:
