@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from flexlora_fast.distributed import command as joined
 from tests import command
@@ -92,5 +93,8 @@ def test_one_process_is_not_several(monkeypatch):
     assert not joined.launched()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert joined.launched()
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(typer.BadParameter, match=r"WORLD_SIZE is 'two' in the environment.*unset RANK, WORLD_SIZE"):
+        joined.launched()
     monkeypatch.delenv("MASTER_ADDR")
     assert not joined.launched()

@@ -66,6 +66,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "more examples than allowed": (lambda: reply(weight=10**9), "weight"),
     "a NaN loss": (lambda: reply(loss=math.nan), "metrics"),
     "an infinite loss in a list": (lambda: reply(losses=[1.0, -math.inf]), "metrics"),
+    "a metric with a long name": (lambda: reply(**{"x" * 257: 1.0}), "metrics"),
     "a million metrics": (lambda: reply(losses=[0.0] * 10**6), "metrics"),
     "NaN": (lambda: reply(changed(A=with_nan())), "not-finite"),
     "infinities": (lambda: reply(changed(B=torch.full((29, 4), math.inf))), "not-finite"),

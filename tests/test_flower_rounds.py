@@ -208,6 +208,74 @@ def test_a_round_below_its_quorum_changes_nothing(tmp_path: Path) -> None:
         assert result.train_metrics_clientapp[1]["flexlora-accepted"] == 2
 
 
+def test_a_round_that_changed_nothing_is_over_after_a_restart(tmp_path: Path) -> None:
+    """Round 2 misses its quorum, and the server dies in round 3. Taken up again, round 2 would get its third node and
+    an update, and the uploads in round 3's journal would be of an older one.
+    """
+    grid = dying(8)
+    failing = grid.apps[1]
+    calls: list[int] = []
+
+    def in_round_two(message: Message, context: Context) -> RecordDict:
+        calls.append(int(message.content["config"]["server-round"]))
+        if calls[-1] == 2:
+            raise RuntimeError
+        return trains(2, seed=1, weight=10)(message, context)
+
+    grid.apps[1] = app(in_round_two)
+
+    def run(where: LocalGrid, rounds_: int) -> tuple[FlexLoRAStrategy, Result]:
+        run = FlexLoRAStrategy(flower.policy(), directory=tmp_path, options={"min_clients": 3}, fraction_evaluate=0.0)
+        return run, run.start(where, flower.initial(), num_rounds=rounds_)
+
+    with pytest.raises(Died):
+        run(grid, 3)
+    assert calls == [1, 2, 3] and (tmp_path / "round-0002.nothing").exists()
+    assert list(folders(tmp_path)) == ["round-0001"]
+    grid.apps[1], grid.left = failing, 10**9
+    again, result = run(grid, 3)
+    assert list(folders(tmp_path)) == ["round-0001", "round-0003"]
+    assert list(result.train_metrics_clientapp) == [3] and again.update is not None
+    assert result.train_metrics_clientapp[3]["flexlora-accepted"] == 3
+    _, after = run(three(), 3)
+    assert not after.train_metrics_clientapp and after.arrays == result.arrays
+
+
+def test_a_round_whose_update_cannot_be_sent_is_none_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a file, but nobody trained with it."""
+
+    def too_large(self: FlexLoRAStrategy, update: ff.GlobalUpdate) -> ArrayRecord:
+        raise ff.errors.AdapterError("beyond float32")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FlexLoRAStrategy, "_arrays_of", too_large)
+        run = FlexLoRAStrategy(flower.policy(), ranks=RANKS, directory=tmp_path)
+        assert run.start(three(), flower.initial(), num_rounds=1).arrays == flower.initial()
+    assert list(folders(tmp_path)) == ["round-0001"]
+    again = FlexLoRAStrategy(flower.policy(), ranks=RANKS, directory=tmp_path)
+    assert again.start(three(), flower.initial(), num_rounds=1).arrays == flower.initial()
+    assert again.start(three(), flower.initial(), num_rounds=2).arrays != flower.initial()
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex-lora"])
+def test_methods_that_need_more_than_adapters_are_refused(method: str) -> None:
+    with pytest.raises(ff.errors.OptionError, match=rf"method '{method}' has clients add to their frozen"):
+        FlexLoRAStrategy(flower.policy(), options={"method": method})
+
+
+def test_nodes_do_not_speak_in_the_servers_name() -> None:
+    """Most decide which metrics there are, but not what the server counted."""
+    told = {"flexlora-norm": 7.0, "flexlora-refused-weight": 99, "loss": 1.0}
+    grid = LocalGrid({1: app(lambda message, context: flower.reply_of({}, **told))}, {})
+    grid.apps |= {n: app(trains(4, seed=n, **told)) for n in (2, 3)}
+    run = FlexLoRAStrategy(flower.policy(), ranks=4)
+    metrics = run.start(grid, flower.initial(), num_rounds=1).train_metrics_clientapp[1]
+    assert run.update is not None and metrics["flexlora-norm"] == run.update.norm
+    assert metrics["loss"] == pytest.approx(1.0) and "flexlora-refused-weight" not in metrics
+
+
 def test_another_policy_is_not_taken_for_the_one_that_a_round_began_with(tmp_path: Path) -> None:
     with pytest.raises(Died):
         FlexLoRAStrategy(flower.policy(), directory=tmp_path).start(dying(1), flower.initial(), num_rounds=1)

@@ -208,6 +208,37 @@ def test_other_controllers_results_are_of_the_site_that_nvflare_names() -> None:
     check(from_shareable(shareable).data, want)
 
 
+@pytest.mark.parametrize("meta", [None, [], "text", {"client_name": ["x"], WEIGHT: 10}], ids=str)
+def test_meta_that_is_none_never_raises(meta: Any) -> None:
+    aggregator = FlexLoRAAggregator(policy())
+    aggregator.reset_stats()
+    model = result()
+    model.meta = meta
+    aggregator.accept_model(model)
+    assert len(aggregator.refused) == 1 and not aggregator._served.clients
+    assert after(aggregator).params_type == ParamsType.FULL
+
+
+def test_steps_and_factors_of_numpy() -> None:
+    """``server_expected_format="numpy"`` brings arrays, and scripts count in NumPy's numbers."""
+    aggregator = FlexLoRAAggregator(policy())
+    aggregator.reset_stats()
+    for number, (rank, weight) in enumerate(MIXED):
+        params = {key: tensor.numpy() for key, tensor in state(rank, number).items()}
+        aggregator.accept_model(result(params, f"site-{number + 1}", np.int64(weight), metrics={"loss": np.float32(1)}))
+    found = aggregator.aggregate_model()
+    assert not aggregator.refused
+    assert all(
+        torch.equal(found.params[key], tensor) for key, tensor in after(FlexLoRAAggregator(policy())).params.items()
+    )
+    assert found.metrics == {"loss": 1.0}
+
+
+def test_metrics_with_endless_names_are_left_out() -> None:
+    found = after(FlexLoRAAggregator(policy()), **{"x" * 257: [1.0, 2.0, 3.0], "loss": [1.0, 1.0, 1.0]})
+    assert found.metrics == {"loss": pytest.approx(1.0)}
+
+
 @pytest.mark.parametrize("numpy", [False, True])
 @pytest.mark.parametrize("rank", [1, 2, 4, 8])
 def test_the_filter_cuts_to_the_sites_rank_with_the_scale_kept(rank: int, numpy: bool) -> None:

@@ -28,7 +28,16 @@ _joined: ContextVar[Team | None] = ContextVar("_joined", default=None)
 
 def launched() -> bool:
     """Whether this process was started as one rank of several."""
-    return all(os.environ.get(name) for name in _VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+    if not all(os.environ.get(name) for name in _VARIABLES):
+        return False
+    numbers = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    wrong = next((name for name, text in numbers.items() if not (text.isascii() and text.isdigit())), None)
+    if wrong is not None:
+        raise typer.BadParameter(
+            f"{wrong} is {numbers[wrong]!r} in the environment, and torch.distributed wants a number; unset "
+            f"{', '.join(_VARIABLES)} for one process, or start several with torchrun"
+        )
+    return int(numbers["WORLD_SIZE"]) > 1
 
 
 def on_all_ranks(command: F) -> F:

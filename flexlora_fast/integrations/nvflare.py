@@ -46,6 +46,7 @@ Policy = RoundPolicy | Mapping[str, Any] | str | Path
 log = logging.getLogger(__name__)
 
 _MOST_METRICS = 10_000  # of one site
+_LONGEST = 256  # characters of a metric's name
 _META = "flexlora"  # key in the meta of the global model
 
 
@@ -111,12 +112,13 @@ class FlexLoRAAggregator(ModelAggregator):
             what = f"its result is no model ({type(error).__name__}: {shown(str(error), 200)})"
             self._served.refuse(name, RefusedError(what, code=UNREADABLE, value=type(error).__name__))
             return False
-        model.meta["client_name"] = name
-        return self._take(model)
+        return self._take(model, name)
 
     def accept_model(self, model: FLModel) -> None:
         """One site's result. What it holds never raises; ``OSError`` where this server's own disk fails."""
-        self._take(model)
+        meta = model.meta if isinstance(model.meta, dict) else {}
+        name = meta.get("client_name")  # the controller's word, not the site's
+        self._take(model, name if isinstance(name, str) else "")
 
     def aggregate_model(self) -> FLModel:
         """The global model at the largest rank; after a round that changes nothing, a difference of nothing."""
@@ -134,10 +136,8 @@ class FlexLoRAAggregator(ModelAggregator):
         self._served.begin()
         self._metrics = {}
 
-    def _take(self, model: FLModel) -> bool:
+    def _take(self, model: FLModel, name: str) -> bool:
         meta = model.meta if isinstance(model.meta, dict) else {}
-        name = meta.get("client_name")
-        name = name if isinstance(name, str) else ""
         try:
             if model.params_type != ParamsType.FULL:
                 raise RefusedError(
@@ -237,7 +237,8 @@ def _numbers(metrics: Any) -> dict[str, float]:
         raise RefusedError(what, code="metrics", value=type(metrics).__name__, remedy="send fewer, in a dict")
     found = {}
     for key, value in metrics.items():
-        if not isinstance(key, str) or isinstance(value, bool) or not isinstance(value, numbers.Real):
+        named = isinstance(key, str) and len(key) <= _LONGEST
+        if not named or isinstance(value, bool) or not isinstance(value, numbers.Real):
             continue
         with contextlib.suppress(OverflowError):  # an int beyond float
             if math.isfinite(number := float(value)):

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flexlora_fast import methods
 from flexlora_fast import files, methods
 from flexlora_fast.aggregator import Aggregator
 from flexlora_fast.errors import AdapterError, OptionError
@@ -32,12 +31,6 @@ class Rounds:
             raise OptionError(
                 f"method {options['method']!r} has clients add to their frozen weights, which no message of this "
                 "framework carries; use 'flexlora', or ff.Aggregator and GlobalUpdate.merge_into"
-            )
-        method = methods.get(options.get("method", "flexlora"))
-        if method.merges:
-            raise OptionError(
-                f"method {method.name!r} adds a part of the update to the frozen weights of every client, and only "
-                "adapters are sent here; use 'flexlora' or another method that leaves them alone, or ff.Aggregator"
             )
         self.policy, self.options = policy, options
         self.directory = None if directory is None else Path(directory)

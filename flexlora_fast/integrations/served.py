@@ -17,6 +17,7 @@ from flexlora_fast.errors import AdapterError, EmptyRoundError, OptionError, Ref
 from flexlora_fast.gate import Reason, RoundPolicy
 from flexlora_fast.integrations.rounds import Rounds
 from flexlora_fast.integrations.states import checked_rank, upload_of
+from flexlora_fast.refusals import Refusals
 from flexlora_fast.truncation import truncated
 from flexlora_fast.update import GlobalUpdate, Refusal
 
@@ -55,7 +56,7 @@ class Served:
             raise OptionError("the policy has partial=True, and one global model has all layers; leave it away")
         self.rank = checked_rank(max(self.policy.ranks) if rank is None else rank, self.policy)
         self.update: GlobalUpdate | None = None
-        self.refused: list[Refusal] = []
+        self.refused = Refusals()
         self.metrics: dict[str, float] = {}
         self.ranks: dict[str, dict[str, int]] = {}
         self._rounds = Rounds(self.policy, None, dict(options or {}))
@@ -88,7 +89,7 @@ class Served:
                 self._rounds.add(self._upload(state), weight, client)
             except (AdapterError, WeightError) as error:
                 error.at(client=str(client))
-                return self._refuse(str(client), str(error), error.code)
+                return self._refuse(str(client), error)
         return None
 
     def refuse(self, client: str, error: AdapterError) -> Refusal:
@@ -97,7 +98,7 @@ class Served:
         with self._lock:
             if not self._rounds.is_open:
                 self._open()
-            return self._refuse(client, str(error), error.code)
+            return self._refuse(client, error)
 
     def finish(self) -> dict[str, Tensor] | None:
         """The global state dict at ``rank``; None where the round had too few clients, and changes nothing."""
@@ -122,7 +123,7 @@ class Served:
             return state
 
     def _open(self) -> None:
-        self.refused = []
+        self.refused = Refusals()
         self._rounds.open(self._number, self.rank)
 
     def _upload(self, state: Any) -> bytes:
@@ -134,10 +135,9 @@ class Served:
             what = f"its state dict cannot be read ({type(error).__name__}: {shown(str(error), 200)})"
             raise RefusedError(what, code=UNREADABLE, value=type(error).__name__) from error
 
-    def _refuse(self, client: str, reason: str, code: str) -> Refusal:
-        log.warning("Refused (%s): %s", code, reason)
-        refusal = Refusal(client, reason, code)
-        self.refused.append(refusal)
+    def _refuse(self, client: str, error: AdapterError | WeightError) -> Refusal:
+        refusal = self.refused.note(client, error)
+        log.warning("Refused (%s): %s", refusal.code, refusal.reason)
         return refusal
 
     def _state(self, update: GlobalUpdate) -> dict[str, Tensor]:
@@ -153,10 +153,10 @@ def policy_of(given: RoundPolicy | Mapping[str, Any] | str | Path) -> RoundPolic
     return RoundPolicy.load(given) if isinstance(given, str | Path) else RoundPolicy.from_json(given)
 
 
-def _metrics(update: GlobalUpdate | None, accepted: int, refused: list[Refusal]) -> dict[str, float]:
+def _metrics(update: GlobalUpdate | None, accepted: int, refused: Refusals) -> dict[str, float]:
     counts = Counter(refusal.code for refusal in refused)
     metrics: dict[str, float] = {"accepted": accepted if update is None else len(update.clients)}
-    metrics |= {"refused": len(refused)} | {f"refused-{code}": count for code, count in sorted(counts.items())}
+    metrics |= {"refused": refused.total} | {f"refused-{code}": count for code, count in sorted(counts.items())}
     if update is not None:
         metrics["norm"] = update.norm
         kept = min((layer.rank for layer in update.values() if not layer.complete), default=math.inf)

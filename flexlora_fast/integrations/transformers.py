@@ -47,6 +47,10 @@ def receive(
 ) -> bool:
     """Put what the server sent into a live PEFT model.
 
+    A round's update of a method that ``merges`` (FLoRA, FedEx-LoRA) also goes into the frozen weights
+    (``GlobalUpdate.merge_into``): give each round's once, in order, to every client, also to those that did not take
+    part. Checkpoints of adapters do not hold what was added to the base model.
+
     Args:
         model: as ``get_peft_model`` returned it, or wrapped by DistributedDataParallel or ``torch.compile``.
         update: an adapter for this client, or the round's update, cut to the ranks that the model has now.
@@ -59,16 +63,21 @@ def receive(
         True where the rank of a layer changed: make a new optimizer (and ``Trainer``) then.
 
     Raises:
-        RankError: a rank would change under the optimizer. OptionError: ``rank`` with an adapter, which has its own.
+        RankError: a rank would change under the optimizer, or under DistributedDataParallel. OptionError: ``rank`` with
+            an adapter, which has its own.
         AdapterError or a subclass: what ``Adapter.load_into`` refuses, or an optimizer of other parameters than the
         model's. All of it before anything is written.
     """
-    model = _unwrapped(model)
+    wrapped, model = model, _unwrapped(model)
     _refuse_sharded(model, adapter_name)
     adapter = _adapter_for(model, update, rank, adapter_name)
     if optimizer is not None:
         _check_optimizer(optimizer, model, adapter_name)
-        _refuse_new_ranks(adapter, live.ranks(model, adapter_name))
+    holder = "optimizer" if optimizer is not None else _parallel(wrapped)
+    if holder is not None:
+        _refuse_new_ranks(adapter, live.ranks(model, adapter_name), holder)
+    if isinstance(update, GlobalUpdate) and any(layer.merges for layer in update.values()):
+        update.merge_into(model, adapter_name)
     before = {layer: [p.detach().clone() for p in pair] for layer, pair in _factors(model, adapter_name).items()}
     rebuilt = adapter.load_into(model, adapter_name)
     if optimizer is not None:
@@ -181,7 +190,8 @@ def _refuse_sharded(model: Any, adapter_name: str) -> None:
 
 
 def _check_optimizer(optimizer: Any, model: Any, adapter_name: str) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    groups = getattr(optimizer, "param_groups", [])  # a stand-in of DeepSpeed's has none
+    held = {id(parameter) for group in groups for parameter in group["params"]}
     for layer, pair in _factors(model, adapter_name).items():
         if any(parameter.requires_grad and id(parameter) not in held for parameter in pair):
             raise AdapterError(
@@ -191,13 +201,26 @@ def _check_optimizer(optimizer: Any, model: Any, adapter_name: str) -> None:
             )
 
 
-def _refuse_new_ranks(adapter: Adapter, now: Mapping[str, int]) -> None:
+def _parallel(model: Any) -> str | None:
+    """What holds the model's parameters beside the model, where it is wrapped so: it would sum up old ones' gradients,
+    and each process would go its own way.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    while model is not None:
+        if isinstance(model, DistributedDataParallel):
+            return "DistributedDataParallel"
+        model = getattr(model, "_orig_mod", None)  # torch.compile
+    return None
+
+
+def _refuse_new_ranks(adapter: Adapter, now: Mapping[str, int], holder: str) -> None:
     for layer in adapter.layers:
         if layer in now and adapter.rank(layer) != now[layer]:
             raise RankError(
                 f"rank {adapter.rank(layer)} was received and the model has {now[layer]}, whose parameters the "
-                "optimizer already holds; call integrations.transformers.receive(model, update) first and make a new "
-                "Trainer then, or have the update sent at the model's ranks",
+                f"{holder} already holds; call integrations.transformers.receive(model, update) first, with the bare "
+                "model, and make a new Trainer then, or have the update sent at the model's ranks",
                 client=adapter.client,
                 layer=layer,
             )

@@ -21,6 +21,7 @@ from flexlora_fast.integrations.flower import wire
 Answer: TypeAlias = Message | Exception  # an exception: the reply is there, and cannot be read
 
 _MOST_METRICS = 10_000  # numbers in one reply
+_LONGEST = 256  # characters of a metric's name
 _POLL = (0.1, 3.0)  # seconds between looks for replies: at first, and when nothing came for long (Flower's own)
 
 
@@ -34,7 +35,7 @@ class ReplyReason(StrEnum):
     RECORDS = "records"
     """Not exactly one ArrayRecord and one MetricRecord, or no weight among the metrics."""
     METRICS = "metrics"
-    """A metric that is NaN or infinite, or too many of them."""
+    """A metric that is NaN or infinite, too many of them, or a name that is too long."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ def _metrics(content: RecordDict, weight_key: str) -> MetricRecord:
         count += len(numbers)
         if count > _MOST_METRICS:
             raise _refusal(f"it has over {_MOST_METRICS} metrics", ReplyReason.METRICS, "send fewer", count)
+        if len(key) > _LONGEST:
+            what = f"it has a metric whose name has {len(key)} characters"
+            raise _refusal(what, ReplyReason.METRICS, f"use at most {_LONGEST}", len(key))
         # The weight is the gate's to judge.
         if key != weight_key and not all(-math.inf < number < math.inf for number in numbers):
             raise _refusal(f"its metric {shown(key)} is not finite", ReplyReason.METRICS, "leave it away", key)

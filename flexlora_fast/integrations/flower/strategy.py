@@ -193,6 +193,7 @@ class FlexLoRAStrategy(FedAvg):
             arrays = self._arrays_of(update)
         except (EmptyRoundError, WeightError, AdapterError) as error:  # too few, or too large for float32 together
             log.warning("Round %s changes nothing (%s): %s", server_round, error.code, error)
+            self._rounds.nothing(server_round)
             return None, self._metrics(server_round, None, time.perf_counter() - started)
         self.update = update
         self._learn(update)
@@ -233,7 +234,8 @@ class FlexLoRAStrategy(FedAvg):
 
     def _metrics(self, server_round: int, update: GlobalUpdate | None, seconds: float) -> MetricRecord:
         averages = self._averaged(self._accepted.values(), self.train_metrics_aggr_fn)
-        metrics = MetricRecord(dict(averages or {}))
+        own = {key: value for key, value in dict(averages or {}).items() if not key.startswith("flexlora-")}
+        metrics = MetricRecord(own)
         refused = self.refused.get(server_round, [])
         accepted = len(self._accepted) if update is None else len(update.clients)
         metrics["flexlora-accepted"], metrics["flexlora-refused"] = accepted, len(refused)
@@ -321,16 +323,17 @@ class FlexLoRAStrategy(FedAvg):
         """The number of the round to go on with, and the arrays before it."""
         adapter = self._carried = self._adapter_of(initial)
         number, update = self._rounds.last()
-        if update is not None:
+        if number:
             log.info("%s has %s finished rounds; going on after them", self._rounds.directory, number)
+        if update is not None:
             self.update = update
             self._learn(update)
             return number + 1, self._arrays_of(update)
         if any(bool(adapter.factors(layer)[1].any()) for layer in adapter.layers):
             # Columns as they were trained: in descending order they can be cut.
             ranks = self._carried_ranks(adapter)
-            return 1, self._arrays_of(aggregate([adapter], rank=max(ranks.values()), progress=False))
-        return 1, initial
+            return number + 1, self._arrays_of(aggregate([adapter], rank=max(ranks.values()), progress=False))
+        return number + 1, initial
 
     def _adapter_of(self, arrays: ArrayRecord) -> Adapter:
         """The server's own arrays, with the policy's scales at the ranks that they have."""
