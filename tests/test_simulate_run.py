@@ -83,7 +83,7 @@ def test_ffa_lora_trains_b_alone(tmp_path: Path) -> None:
 
 
 def test_dropouts_leave_the_round_to_the_others_or_to_nobody(tmp_path: Path) -> None:
-    run(experiment(rounds=4, clients__dropout=0.7, clients__per_round=2), tmp_path, workers=0)
+    run(experiment(rounds=4, clients__dropout=0.6, clients__per_round=2), tmp_path, workers=0)
     rounds = results.read(tmp_path).rounds[1:]
     for line in rounds:
         assert len(line.sampled) == 2 and set(line.dropped) <= set(line.sampled)
@@ -114,17 +114,27 @@ def test_a_client_that_diverges_is_refused_and_the_round_goes_on(
         assert line.update.norm > 0 and line.test.loss is not None
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"server__optimizer": {"name": "fedavgm"}},
+        {"method__name": "flora"},
+        {"method__slora": {"rounds": 2, "density": 0.5}},
+        {"server__asynchronous": {"goal": 2, "concurrency": 3}, "clients__number": 6, "clients__smallest": 2},
+    ],
+    ids=["fedavgm", "flora", "slora", "fedbuff"],
+)
 def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = experiment(rounds=3, server__optimizer={"name": "fedavgm"}, method__name="flexlora")
+    wanted = experiment(rounds=3, **changes)
     run(wanted, tmp_path / "whole", workers=0)
     train, evaluate, count = worker.Worker.train, worker.Worker.evaluate, [0]
 
     def stop(then: Any) -> Any:
         def job(self: worker.Worker, given: Any) -> Any:
             count[0] += 1
-            if count[0] % 4 == 0:
+            if count[0] in (2, 18, 20, 24, 37, 39):  # in tests of round 0, in training, and in tests behind it
                 raise KeyboardInterrupt
             return then(self, given)
 
@@ -132,13 +142,13 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_same_numbers(
 
     monkeypatch.setattr(worker.Worker, "train", stop(train))
     monkeypatch.setattr(worker.Worker, "evaluate", stop(evaluate))
-    for _ in range(30):
+    for _ in range(7):
         try:
             run(wanted, tmp_path / "parts", workers=0, resume=True)
         except KeyboardInterrupt:
             continue
         break
-    assert count[0] > 8
+    assert count[0] > 39
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
     for name in ("scores.npz", "clients.json", "state/sent/00003/4/adapter_model.safetensors"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -170,5 +180,23 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
 
 
 def test_equal_ranks_are_asked_for_before_anything_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="'fedex-lora' needs equal ranks, and there are 1, 2, 4; set ranks.everyone"):
+    with pytest.raises(OptionError, match="'fedex-lora' needs equal ranks, and there are 1, 2, 4; set ranks"):
         run(experiment(method__name="fedex-lora"), tmp_path, workers=0)
+
+
+def test_asynchronous_rounds_take_late_uploads_in_the_order_of_simulated_time(tmp_path: Path) -> None:
+    several = {"clients__number": 8, "clients__smallest": 2, "clients__dropout": 0.2}
+    run(experiment(rounds=4, server__asynchronous={"goal": 2, "concurrency": 4}, **several), tmp_path, workers=0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
+    assert all(len(line["staleness"]) == 2 for line in lines)
+    assert max(tau for line in lines for tau in line["staleness"].values()) > 0
+    assert sorted(line["clock"] for line in lines) == [line["clock"] for line in lines]
+    assert any(line["dropped"] for line in lines)
+    assert len({line["test"]["loss"] for line in lines}) == 4
+    kept = {int(path.name) for path in (tmp_path / "state").glob("0*")}
+    assert 4 in kept and len(kept) <= 5
+
+
+def test_more_clients_at_a_time_than_there_are_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="3 clients training beside 2 that have, and there are 3"):
+        run(experiment(server__asynchronous={"goal": 2, "concurrency": 3}), tmp_path, workers=0)

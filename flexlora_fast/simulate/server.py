@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from flexlora_fast.errors import AdapterError, EmptyRoundError
 from flexlora_fast.methods.fedopt import FedAdam, FedAvgM, ServerOptimizer
 from flexlora_fast.methods.slora import initial
 from flexlora_fast.methods.sparse import Mask, SparseDelta, average
-from flexlora_fast.simulate import ranks, state
+from flexlora_fast.simulate import metrics, ranks, state
 from flexlora_fast.simulate.jobs import Model, Sparse
 from flexlora_fast.simulate.prepare import DROPOUT, INITIAL, SAMPLE, Client, People
 from flexlora_fast.simulate.spec import Experiment
@@ -94,12 +95,16 @@ class Server:
         return self._model(f"client-{client.index}", own or self.by_type[client.type], seed)
 
     def _model(self, name: str, wanted: dict[str, int], seed: np.random.SeedSequence | None = None) -> Model:
-        path = self.folder / "sent" / f"{self.state.round:05d}" / name.replace("/", "-")
+        path = self.place(self.state.round, name)
         if not path.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             drawn = self.experiment.seed if seed is None else int(seed.generate_state(1)[0])
             save(self._cut(wanted, drawn), path)
         return Model(path, self.state.base)
+
+    def place(self, number: int, name: str) -> Path:
+        """Where the adapter lies that a type of client had after that round."""
+        return self.folder / "sent" / f"{number:05d}" / name.replace("/", "-")
 
     def _cut(self, wanted: dict[str, int], seed: int) -> Adapter:
         scales = {layer: self.initial.scale(layer) for layer in wanted}
@@ -111,21 +116,20 @@ class Server:
         config = configs.with_ranks(self.initial.config, given, scales, names)
         return dataclasses.replace(update, seed=seed).adapter(config=config)
 
-    def sent_bytes(self, clients: Sequence[Client]) -> int:
-        """What goes to these clients as a round begins: adapters, and what they add to their base weights. Adapters
-        that begin anew cost nothing but their heads.
+    def sent_bytes(self, models: Sequence[Model]) -> int:
+        """What these take to send: adapters, and what is added to base weights. Adapters that begin anew cost nothing
+        but their heads.
         """
         update = self.state.update
         parts = [] if update is None else [part for layer in update.values() for part in layer.base or ()]
-        total = len(clients) * sum(part.nbytes for part in parts)
+        total = len(models) * sum(part.nbytes for part in parts)
         if self.fresh and update is not None:
-            return total + len(clients) * sum(extra.nbytes for extra in update.extras.values())
+            return total + len(models) * sum(extra.nbytes for extra in update.extras.values())
         sizes: dict[Path, int] = {}
-        for client in clients:
-            path = self.model_of(client).adapter
-            if path not in sizes:
-                sizes[path] = nbytes(Adapter.load(path))
-            total += sizes[path]
+        for model in models:
+            if model.adapter not in sizes:
+                sizes[model.adapter] = nbytes(Adapter.load(model.adapter))
+            total += sizes[model.adapter]
         return total
 
     # -- what it makes of the answers ---
@@ -209,11 +213,17 @@ class Server:
                 total[layer] = total[layer] + delta if layer in total else delta
         return total
 
-    def clean(self) -> None:
-        """Remove what belongs to rounds before this state."""
+    def updated(self) -> dict[str, Any] | None:
+        """The state's update as a line of ``metrics.jsonl`` has it; in an SLoRA stage adapters have none."""
+        now = self.state
+        return None if now.update is None or now.sparse is not None else metrics.updating(now.update, self.by_type)
+
+    def clean(self, needed: Collection[int] = ()) -> None:
+        """Remove what belongs to rounds before this state, but for those that are ``needed``."""
         for kind in (self.folder, self.folder / "sent", self.folder / "work"):
             for path in kind.glob("[0-9]" * 5) if kind.is_dir() else ():
-                if int(path.name) < self.state.round + (kind.name == "work"):
+                number, done = int(path.name), kind.name == "work"
+                if number <= self.state.round if done else number < self.state.round and number not in needed:
                     shutil.rmtree(path)
 
 

@@ -167,16 +167,19 @@ class Optimizer(Table):
 
 
 class Asynchronous(Table):
-    """``[server.asynchronous]``: FedBuff (Nguyen et al., arXiv 2106.06639) in simulated time.
+    """``[server.asynchronous]``: FedBuff (Nguyen et al., arXiv 2106.06639) in simulated time, in place of
+    ``clients.per_round``.
 
-    A round is a step of the server, after ``goal`` uploads. ``concurrency`` clients train at any time, each as long
-    as ``seconds_per_example`` and a speed of its own say, which is drawn log-normally with ``spread``.
+    A round is a step of the server, as soon as ``goal`` uploads are there. ``concurrency`` clients train at any time;
+    each takes as long as its examples times a pace of its own, drawn log-normally: exp(spread·N(0, 1)). An upload that
+    started τ steps ago weighs (1 + τ)^−exponent as much, and later than ``max_staleness`` it is refused.
     """
 
     goal: Count
     concurrency: Count
     exponent: Annotated[float, Field(ge=0)] = 0.5
     spread: Annotated[float, Field(ge=0)] = 0.5
+    max_staleness: Annotated[int, Field(ge=0)] = 10
 
 
 class Server(Table):
@@ -274,6 +277,11 @@ class Experiment(Table):
         method = self.method.make()
         if self.server.optimizer is not None and (method.merges or method.trains != ("A", "B")):
             raise ValueError(f"method {self.method.name!r} has no server.optimizer; take flexlora or fedit")
+        plain = self.method.name == "flexlora" and self.method.slora is None and self.server.defence is None
+        if self.server.asynchronous is not None and not (plain and self.clients.per_round is None):
+            raise ValueError(
+                "server.asynchronous adds up updates as method 'flexlora' does, without slora, defence and per_round"
+            )
         return self
 
     @property

@@ -19,8 +19,8 @@ from rich.progress import (
 
 from flexlora_fast import tables
 from flexlora_fast.simulate.prepare import People
-from flexlora_fast.simulate.run import Watcher
 from flexlora_fast.simulate.spec import Experiment
+from flexlora_fast.simulate.watcher import Watcher
 
 
 class Terminal(Watcher):
