@@ -75,11 +75,31 @@ def test_layers_shared_out_give_the_result_of_one_process_bit_for_bit(world):
 
 @pytest.mark.parametrize(
     "options",
-    [{"solver": "krylov", "rank": 2}, {"method": "fedit"}, {"method": "hetlora"}, {"missing": "renormalize", "tol": 0}],
+    [
+        {"solver": "krylov", "rank": 2},
+        {"method": "fedit"},
+        {"method": "hetlora"},
+        {"method": "flora"},
+        {"method": "florist:tau=0.6"},
+        {"missing": "renormalize", "tol": 0},
+    ],
     ids=str,
 )
 def test_other_ways_through_a_round(options):
     ranks.values(2, same_as_alone, "linear", "float32", options)
+
+
+def limited(rank):
+    clients = rounds.typical("mixed")
+    update = distributed.aggregate(**sent(clients, method="florist:tau=0.6", shard="clients", rank=8, tol=0))
+    alone = ff.aggregate(**sent(clients, method="florist:tau=0.6", rank=8, tol=0)) if rank == 0 else None
+    for layer in update.layers if rank == 0 else ():
+        assert update[layer].limit == alone[layer].limit == update[layer].rank
+
+
+def test_a_rank_that_the_spectrum_chooses():
+    """Layers that all ranks solve together are cut as those of one are."""
+    ranks.values(2, limited)
 
 
 def judged(rank, defence):
