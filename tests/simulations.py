@@ -73,7 +73,7 @@ def document(**changes: Any) -> dict[str, Any]:
         for name in tables:
             table = table.setdefault(name, {})
         if value is None:
-            table.pop(key)
+            table.pop(key, None)
         else:
             table[key] = value
     return made

@@ -87,14 +87,15 @@ def _write(experiment: Experiment, out: Path) -> None:
     write_json(out / "data" / ABOUT, options)
     own = _counts(stored["test"], CLIENT)
     classes = _column(corpus.train, "label") if corpus.labels else None
+    categories = _column(corpus.train, CATEGORY) if CATEGORY in corpus.train.column_names else None
     attention = experiment.ranks.attention
     clients, first = [], 0
     for index, ((name, rows), kind) in enumerate(zip(parts.items(), types, strict=True)):
         client = Client(index, name, kind.label, ranks.config(kind, attention), first, len(rows), own.get(name, 0))
         if classes is not None:
             client.labels = np.bincount(classes[rows], minlength=len(corpus.labels)).tolist()
-        if CATEGORY in corpus.train.column_names:
-            client.category = str(corpus.train[int(rows[0])][CATEGORY])
+        if categories is not None:
+            client.category = str(categories[rows[0]])
         clients.append(asdict(client))
         first += len(rows)
     write_json(out / CLIENTS, clients)
