@@ -31,6 +31,7 @@ from flexlora_fast.lowrank.solve import solve
 from flexlora_fast.methods import Contribution, Method
 from flexlora_fast.precision import full_precision
 from flexlora_fast.skeleton import Form
+from flexlora_fast.soundness import check_clients, check_layer, finite
 from flexlora_fast.stack import Stack
 from flexlora_fast.update import ClientRecord, GlobalUpdate
 
@@ -84,6 +85,8 @@ def merge(
 
     Raises:
         EmptyRoundError: no updates. WeightError: weights that are none, are not known, or sum to zero.
+        AdapterError: an update that cannot be what it says (NaN, shares beyond 1 …), by its name. What an edge says of
+        its clients' number and weights is believed: give ``weights`` where it must not be.
         IncompatibleAdapterError: other base models, layers, methods or treatments of missing layers; clients of one
         name. OptionError: updates of private rounds, or of a method whose sums over parts of a round do not add up to
         the whole's ("hetlora").
@@ -106,6 +109,8 @@ def merge(
     check_solver(solver)
     edges = _edges(updates, weights, names)
     method, missing = _common(edges)
+    for edge in edges:
+        check_clients(edge.update, edge.name)
     here = devices.usable(device)
     frame = _frame(edges)
     layers = sorted({layer for edge in edges for layer in edge.update})
@@ -262,10 +267,13 @@ def _layer(
     having = [edge for edge in edges if name in edge.update]
     counted = having if missing == "renormalize" else edges
     total = math.fsum(edge.having(name, missing) for edge in counted)
+    if not total > 0:
+        raise AdapterError("it is there, but none of the clients in the records has it", layer=name)
     contributions, inherited = list[Contribution](), 0.0
     bias: Tensor | None = None
     for edge in having:
         layer, share = edge.update[name], edge.having(name, missing) / total
+        check_layer(layer, edge.name)
         B, A = (X.to(device) for X in kept(layer)[0])
         contributions.append(Contribution(edge.name, A, B, 1.0, share))
         inherited += share * left_out(layer)
@@ -310,6 +318,8 @@ def _average(edges: Sequence[_Edge], key: str) -> Tensor:
     if not total > 0:
         raise AdapterError(f"tensor {key!r} is there, but none of the clients in the records has it")
     mean = torch.zeros(form.shape, dtype=torch.float64)
-    for weight, tensor in having:
+    for edge, (weight, tensor) in zip((edge for edge in edges if key in edge.update.extras), having, strict=True):
+        if not finite(tensor):
+            raise AdapterError(f"{edge.name} is not sound: tensor {key!r} holds NaN or Inf; merge without it")
         mean += weight / total * tensor.double().cpu()
     return extras.cast(mean, form.dtype)
