@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -205,12 +206,14 @@ _worker: Worker | None = None
 def start(setup: Setup, taken: Any = None) -> None:
     """Make this process a worker; called once in each. ``taken``: a shared counter of workers, which GPUs go by."""
     global _worker  # noqa: PLW0603 - what a process pool's initializer leaves for its jobs has no other place
+    number = 0
     if taken is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal; the parent ends the others
         with taken.get_lock():
             number, taken.value = taken.value, taken.value + 1
-        visible = gpus()
-        if visible:  # one each, before CUDA looks: Trainer would spread a model over all that it sees
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
+    visible = gpus()
+    if visible:  # one each, before CUDA looks: Trainer would spread a model over all that it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
     _worker = Worker(setup)
 
 
