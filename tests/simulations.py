@@ -65,7 +65,7 @@ def document(**changes: Any) -> dict[str, Any]:
         "clients": {"number": 3, "partition": "dirichlet", "alpha": 1.0, "smallest": 4},
         "ranks": {"each": [1, 2, 4]},
         "training": {"steps": 1, "batch": 4, "lr": 1e-2},
-        "evaluation": {"limit": 12, "batch": 8, "by_rank": "always"},
+        "evaluation": {"limit": 12, "batch": 12},
     }
     for path, value in changes.items():
         *tables, key = path.split("__")

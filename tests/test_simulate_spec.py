@@ -27,7 +27,7 @@ def test_toml_and_yaml_say_the_same_and_changes_win(tmp_path: Path) -> None:
     text = 'name = "made up"\nrounds = 2\ntask.name = "colours"\nmodel = { path = "tiny", dtype = "float32" }\n'
     text += 'clients = { number = 3, partition = "dirichlet", alpha = 1, smallest = 4 }\nranks.each = [1, 2, 4]\n'
     text += "training = { steps = 1, batch = 4, lr = 1e-2 }\n"
-    text += 'evaluation = { limit = 12, batch = 8, by_rank = "always" }\n'
+    text += "evaluation = { limit = 12, batch = 12 }\n"
     (tmp_path / "a.toml").write_text(text)
     assert Experiment.read(tmp_path / "a.yaml") == Experiment.read(tmp_path / "a.toml") == experiment()
     changes = ["clients.alpha=0.1", "method.name=fedit", "ranks.everyone='smallest'", "server.optimizer.name=fedavgm"]

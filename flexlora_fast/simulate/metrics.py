@@ -73,7 +73,7 @@ def updating(update: GlobalUpdate, by_type: Mapping[str, Mapping[str, int]]) -> 
     energy = math.fsum(layer.energy for layer in update.values())
     kept = {}
     for label, ranks in by_type.items():
-        lost = math.fsum(update[layer].cut_off(ranks[layer]) ** 2 for layer in update)
+        lost = math.fsum(layer.cut_off(layer.given(ranks[name])) ** 2 for name, layer in update.items())
         kept[label] = 1 - lost / energy if energy else 1.0
     effective = [_effective(S) for layer in update.values() for S in layer.S.reshape(-1, layer.S.shape[-1])]
     return {
