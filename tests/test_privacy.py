@@ -377,7 +377,7 @@ def test_nothing_about_the_guarantee_has_a_default() -> None:
         ({"defence": "krum"}, "defence 'krum' judges"),
         ({"defence": "median"}, "defence 'median' judges"),
         ({"missing": "renormalize"}, "one client would change the weights of all others"),
-        ({"method": "fedit"}, "method 'fedit' is no sum of one term for each client"),
+        ({"method": "fedit"}, "method 'fedit' is not made from a sum of one term for each client"),
         ({"method": "hetlora"}, "method 'hetlora' is not made from a sum"),
         ({"solver": "gram"}, "solver 'gram' works in the space of the clients' factors"),
         ({"solver": "krylov"}, "solver 'krylov' works"),

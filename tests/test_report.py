@@ -17,6 +17,7 @@ import flexlora_fast as ff
 from flexlora_fast import tables
 from flexlora_fast.report import Report, effective_rank, energy_curve, grouped
 from flexlora_fast.tables import natural, spread
+from tests import rounds
 
 
 def client(layers, rank, seed, *, m=9, n=13, scale=0.3, name=None):
@@ -116,9 +117,11 @@ def test_a_complete_update_answers_for_any_rank():
 
 
 def test_energy_curve_is_energy_kept_for_every_method():
-    adapters = [client(["fc"], 2, 0), client(["fc"], 6, 1)]
     for method in ff.methods.METHODS:
-        layer = ff.aggregate(adapters, method=method)["fc"]
+        clients = rounds.fitted(
+            method, [rounds.client(f"c{i}", [rounds.Layer("fc", 9, 13)], rank=r) for i, r in enumerate((2, 6))]
+        )
+        layer = ff.aggregate([c.adapter() for c in clients], method=method)["fc"]
         curve = energy_curve(layer)
         assert curve.shape == (layer.rank + 1,)
         for rank in range(layer.rank + 1):
