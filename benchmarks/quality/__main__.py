@@ -27,7 +27,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("grid", type=Path, help="a file such as benchmarks/quality/trec.toml")
-    add("--workers", type=int, help="processes (default: one a core, or a GPU)")
+    add("--workers", type=int, help="processes (default: one a core, or a GPU); 0: all in this one")
     add("--only", nargs="+", default=[], metavar="RUN", help="SETTING[/ARM[/seed-N]], with * for any; default: all")
     add("--seeds", type=int, nargs="+", help="instead of the file's")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="in all runs: task.path=FILE, rounds=2")
@@ -36,8 +36,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--write", action="store_true", help="run nothing; write the results of what is complete")
     add("--results", type=Path, default=RESULTS, help="folder for --write (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.workers is not None and options.workers < 1:
-        parser.error(f"--workers must be positive, not {options.workers}")
+    if options.workers is not None and options.workers < 0:
+        parser.error(f"--workers cannot be {options.workers}")
     return options
 
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in writing.write(grid, options.grid, cells, options.results, out):
                 print(path)
             return 0
-        failed = running.play(cells, options.workers or default_workers())
+        failed = running.play(cells, default_workers() if options.workers is None else options.workers)
     except FlexLoRAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -19,46 +21,65 @@ from flexlora_fast.tables import count
 # Importing torch and transformers takes longer than a small run: a process plays so many before a new one follows,
 # which bounds what one that leaks can take.
 RUNS_OF_A_PROCESS = 20
+Result = tuple[dict[str, Any], float]
 
 
 def play(cells: Sequence[Cell], workers: int) -> list[str]:
-    """Play what is not complete, in so many processes; returns the names of the runs that failed.
+    """Play what is not complete, in so many processes, or in this one where it is 0; returns the names of those that
+    failed.
 
     Complete runs are skipped, begun ones go on, and what fails does not keep the others from running. Each run is done
     in one process with one thread: numbers do not depend on ``workers``.
     """
     left = [cell for cell in cells if not cell.complete]
     say(f"{count(len(cells), 'run')}, {len(cells) - len(left)} complete")
-    if not left:
-        return []
     failed: list[str] = []
     started = time.perf_counter()
-    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
-    pool = ProcessPoolExecutor(min(workers, len(left)), mp_context=context, max_tasks_per_child=RUNS_OF_A_PROCESS)
-    try:
-        futures = {pool.submit(play_one, cell): cell for cell in left}
-        for number, future in enumerate(as_completed(futures), 1):
-            cell = futures[future]
+    for number, (cell, result) in enumerate(_results(left, workers), 1):
+        if isinstance(result, Exception):  # whatever one method raises, the others' runs are worth having
+            failed.append(cell.name)
+            told = f"failed: {''.join(traceback.format_exception(result))}"
+        else:
+            told = outcome(*result)
+        remaining = (time.perf_counter() - started) / number * (len(left) - number)
+        ahead = f"; about {words.duration(remaining)} left" if number < len(left) else ""
+        say(f"[{number}/{len(left)}] {cell.name}: {told}{ahead}")
+    return failed
+
+
+def _results(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, Result | Exception]]:
+    """Each run as it ends. Raises ``BrokenProcessPool`` where a process died."""
+    if not workers or not cells:
+        for cell in cells:
             try:
-                told = outcome(*future.result())
-            except BrokenProcessPool:
-                raise
-            except Exception as error:  # whatever one method raises, the others' runs are worth having
-                failed.append(cell.name)
-                told = f"failed: {''.join(traceback.format_exception(error))}"
-            remaining = (time.perf_counter() - started) / number * (len(left) - number)
-            ahead = f"; about {words.duration(remaining)} left" if number < len(left) else ""
-            say(f"[{number}/{len(left)}] {cell.name}: {told}{ahead}")
+                yield cell, play_one(cell)
+            except Exception as error:
+                yield cell, error
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
+    pool = ProcessPoolExecutor(
+        min(workers, len(cells)),
+        mp_context=context,
+        initializer=take_gpu,
+        initargs=(context.Value("i", 0),),
+        max_tasks_per_child=RUNS_OF_A_PROCESS,
+    )
+    try:
+        futures = {pool.submit(play_one, cell): cell for cell in cells}
+        for future in as_completed(futures):
+            error = future.exception()
+            if isinstance(error, BrokenProcessPool):
+                raise error
+            yield futures[future], error if isinstance(error, Exception) else future.result()
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    return failed
 
 
-def play_one(cell: Cell) -> tuple[dict[str, Any], float]:
+def play_one(cell: Cell) -> Result:
     """One run in this process; returns its summary and the seconds it took."""
     from flexlora_fast.simulate.run import run
 
@@ -67,6 +88,18 @@ def play_one(cell: Cell) -> tuple[dict[str, Any], float]:
     gc.collect()
     started = time.perf_counter()
     return run(cell.experiment, cell.folder, workers=0, resume=True), time.perf_counter() - started
+
+
+def take_gpu(taken: Any) -> None:
+    """Have this process see one GPU, where there are any; ``taken``: a shared counter of processes."""
+    from flexlora_fast.simulate import worker
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal; the parent ends the others
+    with taken.get_lock():
+        number, taken.value = taken.value, taken.value + 1
+    visible = worker.gpus()
+    if visible:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
 
 
 def outcome(summary: dict[str, Any], seconds: float) -> str:

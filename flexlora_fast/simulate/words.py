@@ -76,7 +76,7 @@ def p_value(p: float) -> str:
 def duration(seconds: float | None) -> str:
     """A time as people say it.
 
-    >>> duration(0.0123), duration(3.21), duration(75), duration(7300), duration(None)
+    >>> duration(0.0123), duration(3.21), duration(75), duration(7320), duration(None)
     ('12 ms', '3.2 s', '1 min 15 s', '2 h 2 min', '–')
     """
     if seconds is None or not math.isfinite(seconds):
