@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -107,13 +108,10 @@ class Flights:
         send(client)
 
     def _duration(self, client: Client) -> float:
-        wanted, training = self.experiment.server.asynchronous, self.experiment.training
-        assert wanted is not None
-        pace = float(
-            np.exp(wanted.spread * np.random.default_rng([self.experiment.seed, SPEED, client.index]).normal())
-        )
-        examples = training.epochs * client.train if training.steps is None and training.epochs is not None else None
-        return pace * (float(training.batch * (training.steps or 0)) if examples is None else examples)
+        assert self.experiment.server.asynchronous is not None
+        drawn = np.random.default_rng([self.experiment.seed, SPEED, client.index]).normal()
+        pace = math.exp(self.experiment.server.asynchronous.spread * drawn)
+        return pace * self.experiment.training.examples(client.train)
 
 
 class Asynchronous:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flexlora_fast import methods
 from flexlora_fast.errors import OptionError, shown
-from flexlora_fast.simulate import tasks
+from flexlora_fast.simulate import documents, tasks
 from flexlora_fast.simulate.learners.base import LoraSpec, ModelSpec
 
 Count = Annotated[int, Field(ge=1)]
@@ -232,6 +232,10 @@ class Training(Table):
             raise ValueError("give exactly one of steps and epochs")
         return self
 
+    def examples(self, rows: int) -> int:
+        """How many a client with so many rows sees in a round."""
+        return (self.steps or 0) * self.batch if self.epochs is None else math.ceil(self.epochs * rows)
+
     def factor(self, number: int) -> float:
         """Of the learning rates in that round."""
         passed = [decay for decay in self.schedule if decay.round <= number]
@@ -300,7 +304,7 @@ class Experiment(Table):
             # As JSON: a strict model takes a path for text and a list for a tuple there, and still no "1" for 1.
             experiment = cls.model_validate_json(json.dumps(document, default=str))
         except ValidationError as error:
-            raise OptionError("\n".join(_told(problem, source) for problem in error.errors())) from error
+            raise OptionError("\n".join(documents.told(problem, source, cls) for problem in error.errors())) from error
         name = experiment.task.get("name")
         if not isinstance(name, str):
             raise OptionError(f"{source}: task.name is {shown(name)}; give one of {', '.join(tasks.TASKS)}")
@@ -309,7 +313,9 @@ class Experiment(Table):
             options.model_validate_json(json.dumps(experiment.task_options))
         except ValidationError as error:
             problems = [{**problem, "loc": ("task", *problem["loc"])} for problem in error.errors()]
-            raise OptionError("\n".join(_told(problem, source, options) for problem in problems)) from error
+            raise OptionError(
+                "\n".join(documents.told(problem, source, cls, options) for problem in problems)
+            ) from error
         return experiment
 
     @classmethod
@@ -319,79 +325,11 @@ class Experiment(Table):
         """
         text = path.read_bytes()
         try:
-            document = _parse(path, text)
+            document = documents.parse(path, text)
         except ValueError as error:
             raise OptionError(f"{path}: not a {path.suffix.removeprefix('.').upper()} file ({error})") from error
         if not isinstance(document, dict):
             raise OptionError(f"{path}: holds a {type(document).__name__}; an experiment is a table of keys")
         for change in changes:
-            _change(document, change)
+            documents.change(document, change)
         return cls.of(document, str(path))
-
-
-def _parse(path: Path, text: bytes) -> Any:
-    if path.suffix == ".toml":
-        return tomllib.loads(text.decode())
-    if path.suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(" ".join(str(error).split())) from error
-    raise OptionError(f"{path}: what ends in {path.suffix!r} is not read; give a .toml or .yaml file")
-
-
-def _change(document: dict[str, Any], change: str) -> None:
-    key, sign, text = change.partition("=")
-    if not sign or not key.strip():
-        raise OptionError(f"--set {change!r} is not key=value; such as --set clients.alpha=0.1")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    *path, last = key.strip().split(".")
-    table = document
-    for name in path:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            raise OptionError(f"--set {change!r}: {name!r} is {shown(table)}, not a table of keys")
-    if text.strip() == "":  # takes a key away, which gives its default back
-        table.pop(last, None)
-    else:
-        table[last] = value
-
-
-def _told(problem: Any, source: str, model: type[BaseModel] = Experiment) -> str:
-    """One of pydantic's errors in this package's words."""
-    path = [str(part) for part in problem["loc"] if not str(part).startswith(("constrained-", "function-"))]
-    key = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        known = _keys(model, path[1:-1] if model is not Experiment else path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-        return f"{source}: {key} is no key of an experiment; {hint}"
-    if problem["type"] == "missing":
-        return f"{source}: {key} is missing; add it"
-    message = problem["msg"].removeprefix("Value error, ")
-    value = "" if problem["type"] == "value_error" else f" is {shown(problem['input'])}"
-    return f"{source}: {key or 'the file'}{value}: {message[0].lower() + message[1:]}"
-
-
-def _keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The keys that a table knows."""
-    for name in path:
-        if name.isdecimal():
-            continue
-        field = model.model_fields.get(name)
-        found = [] if field is None else [a for a in _classes(field.annotation) if issubclass(a, BaseModel)]
-        if not found:
-            return []
-        model = found[0]
-    return list(model.model_fields)
-
-
-def _classes(annotation: Any) -> list[type]:
-    if isinstance(annotation, type):
-        return [annotation]
-    return [cls for part in getattr(annotation, "__args__", ()) for cls in _classes(part)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import signal
 import tempfile
@@ -73,12 +72,9 @@ class Worker:
             delta = tuning.delta()
             delta.save(job.sparse.out)
             size = delta.nbytes + sum(extra.nbytes for extra in adapter.extras.values())
-        seen = output.global_step * self.setup.training.batch
-        if self.setup.training.epochs is not None:
-            seen = math.ceil(self.setup.training.epochs * (job.rows[1] - job.rows[0]))
         return Trained(
             loss=float(output.training_loss),
-            examples=seen,
+            examples=self.setup.training.examples(job.rows[1] - job.rows[0]),
             seconds=time.perf_counter() - started,
             rank=max(adapter.rank(layer) for layer in adapter.layers),
             norm=norm(adapter),
