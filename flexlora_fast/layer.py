@@ -182,8 +182,8 @@ class LayerUpdate:
         if self.averaged:
             B, A = self.averaged
             return pad(A[:, :rank], B[:, :, :rank], rank, "B" if self.frozen else split, key)
-        A, B = split_triplets(self.factorization, self.given(rank), split)
-        return pad(A, B, self.given(rank), split, key)
+        A, B = split_triplets(self.factorization, rank, split)
+        return pad(A, B, rank, split, key)
 
     def _begun(self, rank: int, split: Split, key: int) -> tuple[Tensor, Tensor]:
         """One factor zero (B, but for split "A"), the other of random signs with the variance 1/(3·n) that PEFT's

@@ -241,9 +241,8 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
     ) -> Adapter:
         config, dtype = configs.normalize(config), dtype or torch.float32
         factors, scales, biases = {}, {}, {}
-        for layer, wanted in ranks.items():
+        for layer, rank in self._given(ranks).items():
             update = self[layer]
-            rank = update.given(wanted)
             scale = configs.scale_for(config, update.spec.pattern_name, rank)
             if scale == 0:
                 raise OptionError("alpha is 0 here, so no adapter can hold the update; give another alpha", layer=layer)
@@ -268,6 +267,16 @@ class GlobalUpdate(Mapping[str, LayerUpdate]):
             lora_bias=biases,
             extras={key: self.extras[key].to(there, copy=True) for key in extras if key in self.extras},
         )
+
+    def _given(self, ranks: dict[str, int]) -> dict[str, int]:
+        """The ranks that adapters of these ranks get. Layers that PEFT gives one rank (those of a MultiheadAttention)
+        get the larger one.
+        """
+        alike: dict[str, int] = {}
+        for layer, rank in ranks.items():
+            name = self[layer].spec.pattern_name
+            alike[name] = max(alike.get(name, 0), self[layer].given(rank))
+        return {layer: alike[self[layer].spec.pattern_name] if self[layer].limit else r for layer, r in ranks.items()}
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file (``load`` reads it back bit for bit). Returns the path."""

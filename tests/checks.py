@@ -145,7 +145,7 @@ def check_truncation(case: Case) -> None:
     for rank in (1, 2, 3, 5, 8, total, total + 3):
         adapter = update.adapter(rank=rank)
         for layer in adapter.layers:
-            assert adapter.rank(layer) == update[layer].given(rank)
+            assert update[layer].given(rank) <= adapter.rank(layer) <= rank
             assert_best(update, layer, case.truth(clients, layer), rank, effect(update, adapter, layer))
 
 
@@ -158,8 +158,8 @@ def check_every_client_gets_its_own(case: Case) -> None:
         assert adapter.layers == sorted(c.factors) and adapter.client == c.name
         wide = update.adapter(client=c.name, dtype=torch.float32)
         for layer in adapter.layers:
-            rank = update[layer].given(c.rank(layer))
-            assert adapter.rank(layer) == rank
+            rank = adapter.rank(layer)
+            assert update[layer].given(c.rank(layer)) <= rank <= c.rank(layer)
             assert adapter.scale(layer) == c.scales[layer] or rank < c.rank(layer)
             assert all(X.dtype == c.factors[layer][0].dtype for X in adapter.factors(layer))
             assert_best(update, layer, case.truth(clients, layer), c.rank(layer), effect(update, wide, layer))
@@ -177,8 +177,8 @@ def check_patterns(case: Case) -> None:
     for c in clients:
         adapter = update.adapter(client=c.name)
         for layer in adapter.layers:
-            rank = update[layer].given(c.rank(layer))
-            assert adapter.rank(layer) == rank
+            rank = adapter.rank(layer)
+            assert update[layer].given(c.rank(layer)) <= rank <= c.rank(layer)
             assert adapter.scale(layer) == c.scales[layer] or rank < c.rank(layer)
             assert_best(update, layer, case.truth(clients, layer), rank, effect(update, adapter, layer))
         assert update.adapter(config=c.config).config == adapter.config

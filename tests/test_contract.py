@@ -12,14 +12,14 @@ from tests import checks, checks_certificate, checks_hard
 from tests.checks import Case
 from tests.rounds import DTYPES, MODELS
 
-# Slices of averaged factors do not depend on the solver, but for their spectrum, and the other methods take the ways of
-# these three: `make test-all` runs all of them everywhere.
+# Slices of averaged factors do not depend on the solver, but for their spectrum: `make test-all` runs those too.
 ROUTINE = ("auto", "krylov")
+# The later methods take the ways of these three: one way of each as a routine, and in `make test-all` every model and
+# every solver, but not every pair of them.
 FIRST = ("flexlora", "fedit", "hetlora")
 
 
 def marks(method: str, solver: str, model: str) -> list[pytest.MarkDecorator]:
-    """Slow, but for one way of each of the later methods."""
     if method not in FIRST:
         return [pytest.mark.slow] * ((solver, model) != ("auto", "linear"))
     return [pytest.mark.slow] * (METHODS[method].output == "slice" and solver not in ROUTINE and model != "linear")
@@ -34,6 +34,7 @@ LAYOUTS = [
     for method in METHODS
     for solver in ("auto", *SOLVERS)
     for model in MODELS
+    if method in FIRST or solver == "auto" or model == "linear"
 ]
 PRECISIONS = [
     pytest.param(
