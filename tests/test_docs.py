@@ -47,6 +47,8 @@ def obey(words: list[str]) -> None:
         case ["flexlora-fast", "doctor"]:  # what it finds is this machine's
             assert command.run("doctor", "--help").exit_code == 0
         case ["flexlora-fast", *arguments]:
+            if arguments[:1] == ["simulate"] and "--compare" not in arguments:
+                arguments += ["--workers", "0"]  # in this process; others take ten seconds to start
             expanded = [match for x in arguments for match in (sorted(map(str, Path().glob(x))) if "*" in x else [x])]
             result = command.run(*expanded)
             assert result.exit_code == 0, result.output
@@ -105,6 +107,8 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         elif language == "sh":
             for words in commands(block):
                 obey(words)
+        elif language == "toml":
+            Path(block.code.splitlines()[0].removeprefix("# ")).write_text(block.code, encoding="utf-8")
         elif language == "python":
             printed = run(block, names, page)
 
