@@ -1,11 +1,11 @@
 """The code in README.md and docs/: what blocks there are, and the world in which they run.
 
-A fenced block is Python, commands (``sh``, or no language in README.md), ``toml``, which becomes the file that its first
-line names, or ``text``, which nobody runs; any other language is an error, so that no code goes untested unseen. A
-comment in front of a block says more of it: ``<!-- raises -->`` the block must raise, and the heading above it is the
-message; ``<!-- output -->`` the block is what the one before printed; ``<!-- gpu -->``, ``<!-- nvflare -->`` it runs
-where there is a GPU, or NVFlare, and is only compiled elsewhere; ``<!-- setup … -->`` holds Python that a reader does
-not need. All blocks of a page share one namespace and one folder.
+A fenced block is Python, commands (``sh``, or no language in README.md), ``toml``, which becomes the file that its
+first line names, or ``text``, which nobody runs; any other language is an error, so that no code goes untested unseen.
+A comment in front of a block says more of it: ``<!-- raises -->`` the block must raise, and the heading above it is
+the message; ``<!-- output -->`` the block is what the one before printed; ``<!-- gpu -->``, ``<!-- nvflare -->`` it
+runs where there is a GPU, or NVFlare, and is only compiled elsewhere; ``<!-- setup … -->`` holds Python that a reader
+does not need. All blocks of a page share one namespace and one folder.
 """
 
 from __future__ import annotations
