@@ -44,6 +44,8 @@ def _scores(axes: Axes, name: str, rows: Sequence[Row]) -> None:
         values = 100 * np.array([test.value for test in row.arm.tests("test") or row.arm.tests("unseen")])
         axes.plot(values, np.full(len(values), y), "o", color=VERDICTS[row.verdict], ms=3, alpha=0.45, mec="none")
         axes.errorbar(100 * row.final.mean, y, xerr=_half(row.final), **_mark(row))
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, -1), min(high, 101))  # two seeds' intervals are wider than what a score can be
     metric = rows[0].arm.runs[0].metric
     _arms_axis(axes, rows, f"{metric}, %")
     axes.set_title(name, loc="left", fontsize=10)

@@ -12,6 +12,8 @@ from flexlora_fast.simulate.results import Round
 from flexlora_fast.simulate.statistics import Difference
 from flexlora_fast.tables import natural
 
+LONGER = 1.25  # times the reference's norm: from here on an update is called longer
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -87,10 +89,25 @@ def of_setting(name: str, rows: Sequence[Row], part: Part) -> Iterator[str]:
         way = "falls" if shape.last < 0.9 * shape.first else "grows" if shape.last > 1.1 * shape.first else "stays"
         reasons.append(f"the effective rank {way}, {shape.first:.1f} → {shape.last:.1f}")
     names = ", ".join(row.arm.label for row in above)
+    yield from _longer(name, above, shape, part)
     if reasons:
         yield (
             f"{name}. Of what could be why {names} {'has' if len(above) == 1 else 'have'} a higher mean than "
             f"{reference.arm.label}, truncation and rank collapse, its runs show: {'; '.join(reasons)}."
+        )
+
+
+def _longer(name: str, above: Sequence[Row], reference: Shape, part: Part) -> Iterator[str]:
+    """Of methods with a higher mean, those whose updates are much larger: a longer step may be all of the gain."""
+    if reference.norm is None:
+        return
+    norms = [(row.arm.label, update(row.arm, part).norm) for row in above]
+    longer = [(label, norm / reference.norm) for label, norm in norms if norm and norm > LONGER * reference.norm]
+    if longer:
+        told = ", ".join(f"{label} {ratio:.1f} times" for label, ratio in longer)
+        yield (
+            f"{name}. The last update's ‖ΔW‖_F beside the reference's: {told}. With as few rounds as these a longer "
+            "step may be all of the gain, which another learning rate would give as well."
         )
 
 

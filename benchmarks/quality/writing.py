@@ -116,7 +116,7 @@ def lines(grid: Grid, file: Path, cells: Sequence[Cell], blocks: Sequence[Block]
     )
     yield ""
     if grid.about:
-        yield grid.about
+        yield grid.about.strip()
         yield ""
     yield f"![Scores, and differences to {grid.reference}]({file.stem}.png)"
     yield ""

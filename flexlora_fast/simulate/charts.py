@@ -61,9 +61,9 @@ def energy(arms: Sequence[Arm], palette: Palette) -> Figure | None:
         for i, place in enumerate(spread(range(len(ranks)), SERIES)):
             _line(axes, arms[0], energy_at(ranks[place]), i, palette, f"rank {ranks[place]}", None)
     else:
-        for i, arm in enumerate(arms):
-            _line(axes, arm, energy_at(ranks[0]), i, palette, arm.label, None)
+        _lines(axes, arms, energy_at(ranks[0]), palette)
     _rounds_axis(axes, "energy kept" if len(arms) == 1 else f"energy kept at rank {ranks[0]}")
+    _fit(axes)
     axes.set_ylim(top=1.02)
     _legend(axes, palette)
     return made
@@ -74,9 +74,9 @@ def effective_rank(arms: Sequence[Arm], palette: Palette) -> Figure | None:
     if not any(up.effective_rank for arm in arms for run in arm.runs for _, up in run.updates()):
         return None
     made, axes = _panel(arms, palette)
-    for i, arm in enumerate(arms):
-        _line(axes, arm, _effective, i, palette, arm.label, None)
+    _lines(axes, arms, _effective, palette)
     _rounds_axis(axes, "effective rank")
+    _fit(axes)
     axes.set_ylim(bottom=0)
     if len(arms) > 1:
         _legend(axes, palette)
@@ -194,9 +194,20 @@ def _by_round(arms: Sequence[Arm], palette: Palette, get: Get, name: str, band: 
     for i, arm in enumerate(arms):
         _line(axes, arm, get, i, palette, arm.label, band)
     _rounds_axis(axes, name)
+    _fit(axes)
     if len(arms) > 1:
         _legend(axes, palette)
     return made
+
+
+def _lines(axes: Axes, arms: Sequence[Arm], get: Get, palette: Palette) -> None:
+    """Every arm in one panel; without intervals where they would hide the lines."""
+    for i, arm in enumerate(arms):
+        if len(arms) <= TOGETHER:
+            _line(axes, arm, get, i, palette, arm.label, None)
+            continue
+        rounds, values = arm.by_round(get)
+        axes.plot(rounds, values.mean(0), label=short(arm.label, 40), **_style(i, palette))
 
 
 def _panel(arms: Sequence[Arm], palette: Palette) -> tuple[Figure, Axes]:
@@ -230,6 +241,8 @@ def _panels(
         axes.set_title(short(arm.label, 36), fontsize=9, loc="left", pad=3)
         finish(axes, i % _COLUMNS == 0, i + _COLUMNS >= len(others))
         axes.tick_params(labelsize=8, labelleft=i % _COLUMNS == 0, labelbottom=i + _COLUMNS >= len(others))
+    lows, highs = zip(*(_limits(axes) for axes in every), strict=True)
+    every[0].set_ylim(min(lows), max(highs))  # of all panels
     lines = [next(iter(axis.lines)) for axis in every[:1] if axis.lines]
     labels = [f"{short(arms[0].label, 40)}, in every panel"]
     where = {"loc": "outside upper left", "fontsize": 9, "frameon": False, "labelcolor": palette.ink}
@@ -259,6 +272,7 @@ def _line(
 
 
 def _interval(run: Run, rounds: np.ndarray, values: np.ndarray, band: Part | None) -> tuple[Any, Any]:
+    """Of figures that are never below 0, nor above 1 where they are a part's score; None where nothing says."""
     if len(values) > 1:
         means = [statistics.mean(values[:, j]) for j in range(len(rounds))]
         low, high = np.array([m.low for m in means]), np.array([m.high for m in means])
@@ -268,7 +282,21 @@ def _interval(run: Run, rounds: np.ndarray, values: np.ndarray, band: Part | Non
         low, high = values[0] - half, values[0] + half
     else:
         return None, None
-    return (low, high) if band is None else (low.clip(0, 1), high.clip(0, 1))  # a score's interval stays a score's
+    return low.clip(0), high if band is None else high.clip(None, 1)
+
+
+def _fit(axes: Axes) -> None:
+    axes.set_ylim(*_limits(axes))
+
+
+def _limits(axes: Axes) -> tuple[float, float]:
+    """Limits by the lines: two seeds' intervals are so wide that they would press them flat."""
+    if not axes.lines:
+        return axes.get_ylim()
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines])
+    room = 0.5 * max(np.nanmax(values) - np.nanmin(values), 1e-3)
+    bottom, top = axes.get_ylim()
+    return max(bottom, np.nanmin(values) - room), min(top, np.nanmax(values) + room)
 
 
 def _style(i: int, palette: Palette, marker: bool = True) -> dict[str, Any]:
