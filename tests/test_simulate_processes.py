@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,8 +115,12 @@ def test_the_command_tells_a_line_a_round_and_writes_a_report(tmp_path: Path) ->
     assert (run_.method, run_.seed, run_.finished) == ("fedit", 2, True)
     again = subprocess.run([*given, "--out", tmp_path / "a"], check=False, timeout=900, capture_output=True, text=True)
     assert again.returncode == 1 and "--resume goes on with it" in again.stderr
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in (results.EXPERIMENT, results.SUMMARY):  # as if of another seed
+        told_file = tmp_path / "b" / name
+        told_file.write_text(told_file.read_text().replace('"seed": 2', '"seed": 3'))
     page = tmp_path / "both.html"
-    both = command("--compare", tmp_path / "a", "--compare", tmp_path / "a", "--out", page)
+    both = command("--compare", tmp_path / "a", "--compare", tmp_path / "b", "--out", page)
     subprocess.run(both, check=True, timeout=900)
     assert page.is_file()
 
