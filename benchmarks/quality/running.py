@@ -18,8 +18,9 @@ from benchmarks.quality.grid import Cell
 from flexlora_fast.simulate import words
 from flexlora_fast.tables import count
 
-# Importing torch and transformers takes longer than a small run: a process plays so many before a new one follows,
-# which bounds what one that leaks can take.
+# Importing torch and transformers takes longer than a small run: a process plays about so many before new ones follow,
+# which bounds what one that leaks can take. A pool is made anew for them: with ``max_tasks_per_child``, CPython's waits
+# for ever once all processes have ended (github.com/python/cpython/issues/115634).
 RUNS_OF_A_PROCESS = 20
 Result = tuple[dict[str, Any], float]
 
@@ -35,42 +36,31 @@ def play(cells: Sequence[Cell], workers: int) -> list[str]:
     say(f"{count(len(cells), 'run')}, {len(cells) - len(left)} complete")
     failed: list[str] = []
     started = time.perf_counter()
-    for number, (cell, result) in enumerate(_results(left, workers), 1):
-        if isinstance(result, Exception):  # whatever one method raises, the others' runs are worth having
-            failed.append(cell.name)
-            told = f"failed: {''.join(traceback.format_exception(result))}"
-        else:
-            told = outcome(*result)
-        remaining = (time.perf_counter() - started) / number * (len(left) - number)
-        ahead = f"; about {words.duration(remaining)} left" if number < len(left) else ""
-        say(f"[{number}/{len(left)}] {cell.name}: {told}{ahead}")
+    size = workers * RUNS_OF_A_PROCESS
+    for begin in range(0, len(left), size):
+        for number, (cell, told) in enumerate(outcomes(left[begin : begin + size], workers, failed), begin + 1):
+            remaining = (time.perf_counter() - started) / number * (len(left) - number)
+            ahead = f"; about {words.duration(remaining)} left" if number < len(left) else ""
+            say(f"[{number}/{len(left)}] {cell.name}: {told}{ahead}")
     return failed
 
 
-def _results(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, Result | Exception]]:
-    """Each run as it ends. Raises ``BrokenProcessPool`` where a process died."""
-    if not workers or not cells:
-        for cell in cells:
-            try:
-                yield cell, play_one(cell)
-            except Exception as error:
-                yield cell, error
-        return
+def outcomes(cells: Sequence[Cell], workers: int, failed: list[str]) -> Iterator[tuple[Cell, str]]:
+    """Each run as it ends, and what came out; names of those that raised go to ``failed``."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
-    pool = ProcessPoolExecutor(
-        min(workers, len(cells)),
-        mp_context=context,
-        initializer=take_gpu,
-        initargs=(context.Value("i", 0),),
-        max_tasks_per_child=RUNS_OF_A_PROCESS,
-    )
+    pool = ProcessPoolExecutor(min(workers, len(cells)), mp_context=context)
     try:
         futures = {pool.submit(play_one, cell): cell for cell in cells}
         for future in as_completed(futures):
-            error = future.exception()
-            if isinstance(error, BrokenProcessPool):
-                raise error
-            yield futures[future], error if isinstance(error, Exception) else future.result()
+            cell = futures[future]
+            try:
+                told = outcome(*future.result())
+            except BrokenProcessPool:
+                raise
+            except Exception as error:  # whatever one method raises, the others' runs are worth having
+                failed.append(cell.name)
+                told = f"failed: {''.join(traceback.format_exception(error))}"
+            yield cell, told
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()
