@@ -196,6 +196,13 @@ from nvflare.recipe.utils import set_per_site_config
 sites = {"site-1": {"train_args": ""}, "site-2": {"train_args": ""}}
 policy = ff.RoundPolicy.from_adapter("reference", ranks=(8, 16, 64))
 """,
+        "configs/trec.toml": """
+from pathlib import Path
+from tests.documented import ROOT
+page = (ROOT / "docs/quickstart-simulate.md").read_text(encoding="utf-8")
+Path("configs").mkdir()
+Path("configs/trec.toml").write_text(page.split("```toml")[1].split("```")[0].replace('"puzzles"', '"trec"'))
+""",
         "FlexLoRAStrategy(": """
 from flwr.app import ArrayRecord
 from flwr.clientapp import ClientApp
