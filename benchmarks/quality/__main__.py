@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells = grids.chosen(grids.cells(grid, out, options.set, options.seeds), options.only)
         if options.list:
             for cell in cells:
-                print(f"{'complete' if cell.complete else 'to run  '} {cell.name}")
+                state = "complete" if cell.complete else "replaced" if cell.stale else "to run  "
+                print(f"{state} {cell.name}")
             return 0
         if options.write:
             for path in writing.write(grid, options.grid, cells, options.results, out):

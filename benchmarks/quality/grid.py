@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flexlora_fast.errors import OptionError, shown
-from flexlora_fast.simulate.results import SUMMARY
+from flexlora_fast.simulate.results import EXPERIMENT, SUMMARY
 from flexlora_fast.simulate.spec import Experiment
 
 
@@ -87,7 +88,14 @@ class Cell:
 
     @property
     def complete(self) -> bool:
-        return (self.folder / SUMMARY).is_file()
+        """Whether this very experiment has been played to its end."""
+        return (self.folder / SUMMARY).is_file() and not self.stale
+
+    @property
+    def stale(self) -> bool:
+        """Whether the folder has a run of another experiment: of the grid as it was before it was changed."""
+        path = self.folder / EXPERIMENT
+        return path.is_file() and json.loads(path.read_text()) != self.experiment.to_dict()
 
 
 def read(path: Path) -> Grid:

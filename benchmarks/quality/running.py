@@ -29,38 +29,56 @@ def play(cells: Sequence[Cell], workers: int) -> list[str]:
     """Play what is not complete, in so many processes, or in this one where it is 0; returns the names of those that
     failed.
 
-    Complete runs are skipped, begun ones go on, and what fails does not keep the others from running. Each run is done
-    in one process with one thread: numbers do not depend on ``workers``.
+    Complete runs are skipped, begun ones go on, those of the grid before it was changed are replaced, and what fails
+    does not keep the others from running. Each run is done in one process with one thread: numbers do not depend on
+    ``workers``.
     """
     left = [cell for cell in cells if not cell.complete]
-    say(f"{count(len(cells), 'run')}, {len(cells) - len(left)} complete")
+    stale = sum(cell.stale for cell in left)
+    replaced = f", {stale} of an earlier grid, which are replaced" if stale else ""
+    say(f"{count(len(cells), 'run')}, {len(cells) - len(left)} complete{replaced}")
     failed: list[str] = []
     started = time.perf_counter()
-    size = workers * RUNS_OF_A_PROCESS
-    for begin in range(0, len(left), size):
-        for number, (cell, told) in enumerate(outcomes(left[begin : begin + size], workers, failed), begin + 1):
-            remaining = (time.perf_counter() - started) / number * (len(left) - number)
-            ahead = f"; about {words.duration(remaining)} left" if number < len(left) else ""
-            say(f"[{number}/{len(left)}] {cell.name}: {told}{ahead}")
+    for number, (cell, result) in enumerate(results(left, workers), 1):
+        if isinstance(result, Exception):  # whatever one method raises, the others' runs are worth having
+            failed.append(cell.name)
+            told = f"failed: {''.join(traceback.format_exception(result))}"
+        else:
+            told = outcome(*result)
+        remaining = (time.perf_counter() - started) / number * (len(left) - number)
+        ahead = f"; about {words.duration(remaining)} left" if number < len(left) else ""
+        say(f"[{number}/{len(left)}] {cell.name}: {told}{ahead}")
     return failed
 
 
-def outcomes(cells: Sequence[Cell], workers: int, failed: list[str]) -> Iterator[tuple[Cell, str]]:
-    """Each run as it ends, and what came out; names of those that raised go to ``failed``."""
+def results(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, Result | Exception]]:
+    """Each run as it ends, with what it raised in place of its result. Raises ``BrokenProcessPool`` where a process
+    died.
+    """
+    if workers:
+        size = workers * RUNS_OF_A_PROCESS
+        for begin in range(0, len(cells), size):
+            yield from _in_processes(cells[begin : begin + size], workers)
+        return
+    for cell in cells:
+        try:
+            yield cell, play_one(cell)
+        except Exception as error:
+            yield cell, error
+
+
+def _in_processes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, Result | Exception]]:
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
-    pool = ProcessPoolExecutor(min(workers, len(cells)), mp_context=context)
+    pool = ProcessPoolExecutor(
+        min(workers, len(cells)), mp_context=context, initializer=take_gpu, initargs=(context.Value("i", 0),)
+    )
     try:
         futures = {pool.submit(play_one, cell): cell for cell in cells}
         for future in as_completed(futures):
-            cell = futures[future]
-            try:
-                told = outcome(*future.result())
-            except BrokenProcessPool:
-                raise
-            except Exception as error:  # whatever one method raises, the others' runs are worth having
-                failed.append(cell.name)
-                told = f"failed: {''.join(traceback.format_exception(error))}"
-            yield cell, told
+            error = future.exception()
+            if isinstance(error, BrokenProcessPool):
+                raise error
+            yield futures[future], error if isinstance(error, Exception) else future.result()
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.terminate()
@@ -77,7 +95,9 @@ def play_one(cell: Cell) -> Result:
     gc.unfreeze()
     gc.collect()
     started = time.perf_counter()
-    return run(cell.experiment, cell.folder, workers=0, resume=True), time.perf_counter() - started
+    stale = cell.stale
+    summary = run(cell.experiment, cell.folder, workers=0, resume=not stale, force=stale)
+    return summary, time.perf_counter() - started
 
 
 def take_gpu(taken: Any) -> None:
