@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT / ".demo-data"
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(not any(DATA.glob(f"{demo_data.MODEL.name}-*.whl")), reason="no wheels of data: `make demo`"),
+    pytest.mark.skipif(not any(DATA.glob(f"{demo_data.MINILM.name}-*.whl")), reason="no wheels of data: `make demo`"),
 ]
 ROUNDS = 3
 
