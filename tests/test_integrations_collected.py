@@ -1,4 +1,4 @@
-"""What `make test-integrations` runs is seldom run: that it can be imported at all is looked at with the other tests."""
+"""What `make test-integrations` runs is seldom run: whether it can be imported at all is tested with all else."""
 
 from __future__ import annotations
 
