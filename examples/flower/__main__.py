@@ -82,7 +82,7 @@ def running(command: Sequence[str], env: dict[str, str], log: Path) -> Iterator[
             process.wait()
 
 
-def wait_for(port: int, process: subprocess.Popen[bytes], log: Path, timeout: float = 60.0) -> None:
+def wait_for(port: int, process: subprocess.Popen[bytes], log: Path, timeout: float = 300.0) -> None:
     """Until somebody listens on a port. Raises ``RuntimeError`` where the process ends before."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
