@@ -26,7 +26,8 @@ class Skew:
     Attributes:
         distance: the mean over clients, weighted by their examples, of the total variation distance between a client's
             labels and everybody's: 0 where all are alike, towards 1 where each has labels of its own.
-        columns: names (and False: of numbers). rows: client, its type, examples, and by column the count and its share of the client's.
+        columns: names (and False: of numbers). rows: client, its type, examples, and by column the count
+            and its share of the client's.
         clients, labels: how many there are; fewer may be listed.
     """
 
