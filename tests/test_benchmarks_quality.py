@@ -142,6 +142,10 @@ def test_figures_are_those_of_the_runs(tmp_path):
     assert f"| {words.gap(pooled)} | 0 | 8 |" in text
     assert "even. Worse than FlexLoRA: FedIT, smallest rank (" in text
     assert "No method has a higher mean than FlexLoRA" in text
+    assert (
+        f"by both tests, the larger p given: FedIT, smallest rank ({words.gap(pooled)}, in 8 of 8 pairs, p 0.008)"
+        in text
+    )
     data = writing.plain(writing.data(grid, blocks))
     assert data["settings"]["even"][0]["runs"][0]["value"][-1] == results.read(cells[1].folder).last().value
     json.dumps(data, allow_nan=False)

@@ -97,6 +97,23 @@ def of_setting(name: str, rows: Sequence[Row], part: Part) -> Iterator[str]:
         )
 
 
+def of_all(reference: str, pooled: Sequence[tuple[str, Difference, float, float]]) -> Iterator[str]:
+    """Who is better and worse than the reference over all settings together, by both corrected tests."""
+    found = [(label, gap, max(t, permuted)) for label, gap, t, permuted in pooled]
+    found = [(label, gap, p) for label, gap, p in found if p < 1 - statistics.CONFIDENCE]
+    for word, sign in (("Worse", -1), ("Better", 1)):
+        told = []
+        for label, gap, p in found:
+            if sign * gap.mean > 0:
+                agree = max(gap.above, gap.below)
+                told.append(f"{label} ({words.gap(gap)}, in {agree} of {gap.n} pairs, p {words.p_value(p)})")
+        if told:
+            start = f"All settings together. {word} than {reference} by both tests, the larger p given"
+            yield f"{start}: {', '.join(told)}."
+    if pooled and not found:
+        yield f"All settings together. No method is told from {reference} by both tests."
+
+
 def _longer(name: str, above: Sequence[Row], reference: Shape, part: Part) -> Iterator[str]:
     """Of methods with a higher mean, those whose updates are much larger: a longer step may be all of the gain."""
     if reference.norm is None:

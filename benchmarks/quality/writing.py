@@ -125,6 +125,9 @@ def lines(grid: Grid, file: Path, cells: Sequence[Cell], blocks: Sequence[Block]
     for block in blocks:
         for sentence in reading.of_setting(block.setting.name, block.rows, grid.part):
             yield f"- {sentence}"
+    pooled = together(blocks) if len(blocks) > 1 else []
+    for sentence in reading.of_all(grid.reference, pooled):
+        yield f"- {sentence}"
     yield ""
     yield words.caveat(blocks[0].arms, blocks[0].rows)
     for block in blocks:
@@ -137,7 +140,6 @@ def lines(grid: Grid, file: Path, cells: Sequence[Cell], blocks: Sequence[Block]
         yield from score_lines(grid, block.rows)
         yield ""
         yield f"![By round: {block.setting.name}]({file.stem}-{block.setting.slug}.png)"
-    pooled = together(blocks) if len(blocks) > 1 else []
     if pooled:
         yield ""
         yield "## All settings together"
