@@ -8,6 +8,8 @@ import torch
 
 from flexlora_fast.errors import AdapterError, OptionError
 from flexlora_fast.lowrank import plan
+from flexlora_fast.lowrank import solve as solving
+from flexlora_fast.lowrank.core import Unresolved
 from flexlora_fast.lowrank.factorization import Factorization, complete, finish
 from flexlora_fast.lowrank.plan import EXACT, SOLVERS
 from flexlora_fast.stack import Block, Stack
@@ -269,3 +271,21 @@ def test_grams_too_coarse_for_what_cancels_give_way_to_the_exact_solver():
     assert f.solver == "gram"
     S = torch.linalg.svdvals(delta)[:, :4]
     assert torch.allclose(f.S, S, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("share", "takes_over"), [(1.2e-7, {"factored", "dense"}), (2e-6, {"gram"})])
+def test_where_rounding_alone_stands_in_the_way_of_grams_the_fastest_solver_takes_over(monkeypatch, share, takes_over):
+    def unresolved(*_: object) -> Factorization:
+        raise Unresolved(1 + share, 1.0, 1.0)
+
+    monkeypatch.setattr(solving, "solve_krylov", unresolved)
+    sigma = torch.cat([torch.ones(6), torch.full((594,), 1e-3)])
+    stack = stack_of(sigma, 620, 700)
+    f = solving.solve(stack, 6, solver="krylov", tol=1e-3)
+    assert f.solver in takes_over
+    delta = ((stack.packed_P(torch.float64) * stack.d) @ stack.packed_Q(torch.float64))[0]
+    truth = torch.linalg.svdvals(delta)
+    assert torch.allclose(f.S[0], truth[:6], rtol=1e-6)
+    X = (f.U[0].double() * f.S[0]) @ f.V[0].double().mT
+    rest = float(truth[6:].square().sum()) ** 0.5
+    assert float(torch.linalg.norm(delta - X)) <= rest * (1 + 1e-3)

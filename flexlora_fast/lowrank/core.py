@@ -31,7 +31,14 @@ _EPS = torch.finfo(torch.float32).eps
 
 
 class Unresolved(Exception):
-    """Float32 Grams did not find a subspace as good as they promised: the factors are too nearly dependent."""
+    """Float32 Grams did not find a subspace as good as they promised: the factors are too nearly dependent.
+
+    ``share``: the energy that was promised and not found, as a share of all of it.
+    """
+
+    def __init__(self, promised: float, found: float, energy: float) -> None:
+        super().__init__(f"Grams promised an energy of {promised:.9g}, the factors hold {found:.9g}")
+        self.share = (promised - found) / energy
 
 
 @dataclass
@@ -82,7 +89,7 @@ def _solve(stack: Stack, k: int, key: int, tol: float) -> Factorization:
     rest = energy - captured
     shortfall = max(0.0, found.captured - captured)
     if shortfall > max(tol * rest, 1e-7 * energy):
-        raise Unresolved(f"Grams promised an energy of {found.captured:.9g}, the factors hold {captured:.9g}")
+        raise Unresolved(found.captured, captured, energy)
     excess = found.excess + (0.5 * shortfall / rest if rest > 1e-7 * energy else 0.0)
     triplets = finish(U[None], S[None], V[None], key)
     total = torch.tensor([max(energy, captured)], dtype=torch.float64)

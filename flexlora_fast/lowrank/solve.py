@@ -25,6 +25,8 @@ RANGE = (1e-9, 1e9)
 # And where their products with the coefficients leave this one: the squares of ΔW could.
 _SUMS = (1e-14, 1e14)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+# Energy that float32 Grams may miss by their rounding alone, as a share.
+_ROUNDED = 1e-6
 # Layers predicted to take less, which is a few milliseconds with the overhead of calls, gain at most a seventh from a
 # second thread (2048², R = 128: 4.9 ms against 5.6) and lose 8 ms where it sleeps (384², R = 76: 3.4 against 11.8).
 _SHORT = 1.7e-3
@@ -65,13 +67,17 @@ def solve(
     key = stream(seed, name)
     if k == 0:
         return _empty(stack)
-    shape = plan.Shape(stack.m, stack.n, stack.R, k, tol, stack.batch, certificate, stack.sixteen)
+    shape = _shape(stack, k, tol, certificate)
     if solver == "auto":
         solver = plan.choose(shape, plan.constants_of(stack.device))
     with threads.single(stack.device.type == "cpu" and plan.seconds(shape, plan.default_constants())[solver] < _SHORT):
         scaled, factor = _rescaled(stack, name)
         result = _dispatch(scaled, k, key, solver, max(tol, plan.FLOAT32_TOL), certificate)
     return rescaled(result, factor, name)
+
+
+def _shape(stack: Stack, k: int, tol: float, certificate: str) -> plan.Shape:
+    return plan.Shape(stack.m, stack.n, stack.R, k, tol, stack.batch, certificate, stack.sixteen)
 
 
 def rescaled(result: Factorization, factor: float, name: str) -> Factorization:
@@ -94,8 +100,6 @@ def check_norm(result: Factorization, name: str) -> None:
 
 
 def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float, certificate: str) -> Factorization:
-    if solver == "gram":
-        return solve_gram(stack, k, key)
     if solver == "filtered":
         for more in filtered.MORE if filtered.takes(stack.R, stack.m, stack.n, k) else ():
             found = filtered.launch(groups.of([stack]), [(key, b) for b in range(stack.batch)], k, tol, more)
@@ -108,11 +112,27 @@ def _dispatch(stack: Stack, k: int, key: int, solver: str, tol: float, certifica
     if solver == "krylov":
         try:
             return solve_krylov(stack, k, key, tol)
-        except Unresolved:  # nearly dependent factors: the result says which solver took over
-            return solve_gram(stack, k, key)
+        except Unresolved as error:  # the result says which solver took over
+            solver = _instead(stack, k, tol, certificate, error.share)
+    if solver == "gram":
+        return solve_gram(stack, k, key)
     if solver == "dense":
         return solve_dense(stack, k, key, tol)
     return solve_subspace(stack, k, key, tol, depth=1 if solver == "subspace" else None, certificate=certificate)
+
+
+def _instead(stack: Stack, k: int, tol: float, certificate: str, share: float) -> str:
+    """The solver to take where the Grams could not resolve ΔW by ``share`` of its energy.
+
+    A Gram squares ΔW and rounds at 6e-8 of the factors' products. Where that cost hardly more than it always does, it
+    is the rest that is small (most of ΔW has rank k): products with ΔW itself resolve it, and exact eigenvectors of
+    R×R would cost ten times as much (4096², R = 3200, k = 8: 22 s against 2). More is lost where products cancel,
+    and there only float64 helps.
+    """
+    if share > _ROUNDED:
+        return "gram"
+    costs = plan.seconds(_shape(stack, k, tol, certificate), plan.constants_of(stack.device))
+    return min(("gram", "factored", "dense"), key=lambda name: costs[name])
 
 
 def in_range(stack: Stack, name: str) -> bool:
