@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast import defence as defences
-from flexlora_fast import devices, finishing, memory, methods
+from flexlora_fast import devices, finishing, memory, methods, weighing
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.admission import Admission, check_name, check_values, is_weight
 from flexlora_fast.backends import cpu
@@ -22,12 +21,9 @@ from flexlora_fast.defence import Coordinates, Defence, Verdict, judging
 from flexlora_fast.defence.gram import gram_of
 from flexlora_fast.errors import (
     AdapterError,
-    EmptyRoundError,
     FlexLoRAError,
     OptionError,
-    QuorumError,
     RankError,
-    WeightError,
 )
 from flexlora_fast.gate import RoundPolicy
 from flexlora_fast.gate.entrance import Entrance, Source
@@ -286,7 +282,8 @@ class Aggregator:
         grams = KeptGrams(self._grams, (self.memory_limit - there) // 4)
         judged, verdicts = self._judged(grams)
         clients = [client for client in judged if client.share > 0]
-        self._check_quorum(clients)
+        if self._private is None:  # of nobody, noise is released
+            weighing.check_quorum(clients, self.min_clients, self.min_weight)
         work = Work(clients, self._settings(), grams, self._resident, self._stored)
         if self._private is not None:  # planned by now, so that what cannot be solved costs nothing
             work = dataclasses.replace(work, release=self._private.open())
@@ -380,40 +377,8 @@ class Aggregator:
     # -- clients ---
 
     def _weighted(self) -> list[Client]:
-        """The clients of positive weight with their shares, in canonical order: sums come out the same whatever the
-        order of arrival. Weight 0 equals absent. In a private round shares are the weights as they are, and nobody is
-        missed.
-        """
-        if self._private is not None:
-            clients = [self._clients[name] for name in self.clients if self._clients[name].weight > 0]
-            for client in clients:
-                client.share = client.weight
-            return clients
-        if not self._clients:
-            first = f", the first: {self.refused[0].reason}" if self.refused else ""
-            refused = f"; {self.refused.total} were refused{first}" if self.refused else ""
-            raise EmptyRoundError(f"no client is in this round{refused}; add at least one adapter")
-        clients = [self._clients[name] for name in self.clients if self._clients[name].weight > 0]
-        if not clients:
-            raise WeightError(f"the weights of {len(self._clients)} clients sum to 0; they must sum to > 0")
-        # A power of two is taken out first, which is exact: the sum of weights may overflow.
-        _, exponent = math.frexp(max(client.weight for client in clients))
-        weights = [math.ldexp(client.weight, -exponent) for client in clients]
-        total = math.fsum(weights)
-        for client, weight in zip(clients, weights, strict=True):
-            client.share = weight / total
-        return clients
-
-    def _check_quorum(self, clients: list[Client]) -> None:
-        """Raise ``QuorumError`` where those that the update would be made of are too few, or weigh too little."""
-        if self._private is not None:
-            return  # of nobody, noise is released
-        weight = sum(client.weight for client in clients)  # which may be infinite
-        if len(clients) < self.min_clients or weight < self.min_weight:
-            raise QuorumError(
-                f"{len(clients)} clients of weight {weight:g} in all are there, the round asks for {self.min_clients} "
-                f"of {self.min_weight:g}; wait for more, or lower min_clients or min_weight"
-            )
+        """The clients of positive weight with their shares. In a private round those are the weights as they are."""
+        return weighing.weighted(self._clients, self.refused, normalised=self._private is None)
 
     def _judged(self, grams: KeptGrams) -> tuple[list[Client], list[Verdict]]:
         """``_weighted`` after the defence: a client that it rejects has share 0. Bad values are refused on the way."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
-import signal
 import sys
 import time
 import traceback
@@ -16,6 +14,7 @@ from typing import Any
 
 from benchmarks.quality.grid import Cell
 from flexlora_fast.simulate import words
+from flexlora_fast.simulate.pool import belong
 from flexlora_fast.tables import count
 
 # Importing torch and transformers takes longer than a small run: a process plays about so many before new ones follow,
@@ -70,7 +69,7 @@ def results(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, Result 
 def _in_processes(cells: Sequence[Cell], workers: int) -> Iterator[tuple[Cell, Result | Exception]]:
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
     pool = ProcessPoolExecutor(
-        min(workers, len(cells)), mp_context=context, initializer=take_gpu, initargs=(context.Value("i", 0),)
+        min(workers, len(cells)), mp_context=context, initializer=belong, initargs=(context.Value("i", 0),)
     )
     try:
         futures = {pool.submit(play_one, cell): cell for cell in cells}
@@ -98,18 +97,6 @@ def play_one(cell: Cell) -> Result:
     stale = cell.stale
     summary = run(cell.experiment, cell.folder, workers=0, resume=not stale, force=stale)
     return summary, time.perf_counter() - started
-
-
-def take_gpu(taken: Any) -> None:
-    """Have this process see one GPU, where there are any; ``taken``: a shared counter of processes."""
-    from flexlora_fast.simulate import worker
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal; the parent ends the others
-    with taken.get_lock():
-        number, taken.value = taken.value, taken.value + 1
-    visible = worker.gpus()
-    if visible:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
 
 
 def outcome(summary: dict[str, Any], seconds: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +34,26 @@ def gpus() -> list[str]:
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip()]
     return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def belong(taken: Any) -> None:
+    """Make this process one of a pool's: it sees one GPU, where there are any, and ends with its parent.
+
+    Called before CUDA looks. ``taken``: a shared counter of processes, which GPUs go by.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal; the parent ends the others
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # a parent that was killed ends nobody, and its processes would wait for work for ever
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+    with taken.get_lock():
+        number, taken.value = taken.value, taken.value + 1
+    if visible := gpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
 
 
 class Pool:

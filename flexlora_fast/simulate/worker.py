@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from flexlora_fast.methods.hetlora import pruned_rank, pruning_penalty
 from flexlora_fast.methods.slora import SparseDelta, SparseTuning
 from flexlora_fast.simulate.jobs import EvaluateJob, Model, Setup, Sparse, Tested, Trained, TrainJob
 from flexlora_fast.simulate.learners import learner_class
-from flexlora_fast.simulate.pool import gpus
+from flexlora_fast.simulate.pool import belong, gpus
 from flexlora_fast.simulate.processes import settle
 from flexlora_fast.simulate.uploads import nbytes, norm, save
 from flexlora_fast.tensorfile import TensorFile
@@ -202,14 +201,10 @@ _worker: Worker | None = None
 def start(setup: Setup, taken: Any = None) -> None:
     """Make this process a worker; called once in each. ``taken``: a shared counter of workers, which GPUs go by."""
     global _worker  # noqa: PLW0603 - what a process pool's initializer leaves for its jobs has no other place
-    number = 0
     if taken is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal; the parent ends the others
-        with taken.get_lock():
-            number, taken.value = taken.value, taken.value + 1
-    visible = gpus()
-    if visible:  # one each, before CUDA looks: Trainer would spread a model over all that it sees
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
+        belong(taken)
+    elif visible := gpus():  # Trainer would spread a model over all that it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
     _worker = Worker(setup)
 
 
