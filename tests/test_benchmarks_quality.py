@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import grid as grids
-from benchmarks.quality import running, writing
+from benchmarks.quality import picture, pooling, running, writing
 from flexlora_fast.errors import OptionError
 from flexlora_fast.simulate import results, words
 from tests import made_runs
@@ -126,9 +126,10 @@ def test_figures_are_those_of_the_runs(tmp_path):
     blocks = writing.collect(grid, cells)
     assert [row.arm.label for row in blocks[0].rows] == ["FlexLoRA", "FedIT, smallest rank"]
     assert blocks[0].rows[1].verdict == "worse"
-    ((label, pooled, t, permuted),) = writing.together(blocks)
-    assert (label, pooled.n, pooled.below) == ("FedIT, smallest rank", 8, 8)
-    assert permuted == pooled.permutation_p == pooled.least_p and t < 0.001
+    (found,) = pooling.together([block.rows for block in blocks], "test")
+    pooled = found.difference
+    assert (found.label, pooled.n, found.below, found.above) == ("FedIT, smallest rank", 4, 8, 0)
+    assert found.permuted == pooled.permutation_p == pooled.least_p and found.t < 0.01
     gaps = []
     for setting in ("even", "skewed"):
         for seed in range(4):
@@ -143,8 +144,8 @@ def test_figures_are_those_of_the_runs(tmp_path):
     assert "even. Worse than FlexLoRA: FedIT, smallest rank (" in text
     assert "No method has a higher mean than FlexLoRA" in text
     assert (
-        f"by both tests, the larger p given: FedIT, smallest rank ({words.gap(pooled)}, in 8 of 8 pairs, p 0.008)"
-        in text
+        f"All settings together. Worse than FlexLoRA: FedIT, smallest rank ({words.gap(pooled)}, in 8 of 8 pairs of "
+        f"setting and seed, p {words.p_value(found.t)})" in text
     )
     data = writing.plain(writing.data(grid, blocks))
     assert data["settings"]["even"][0]["runs"][0]["value"][-1] == results.read(cells[1].folder).last().value
@@ -191,3 +192,28 @@ def test_runs_that_are_not_there_are_named(tmp_path, capsys):
     assert "run it first" in capsys.readouterr().err
     assert command.main([str(file), "--list", "--set", "rounds"]) == 1
     assert "not key=value" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("colours")
+def test_a_grid_about_unseen_clients_goes_by_them_everywhere(tmp_path):
+    """Tests say the opposite of what unseen clients say, in every run."""
+    file = made_grid(tmp_path)
+    file.write_text(file.read_text().replace('reference = "FlexLoRA"', 'reference = "FlexLoRA"\npart = "unseen"', 1))
+    grid = grids.read(file)
+    cells = grids.cells(grid, tmp_path / "runs", seeds=range(3))
+    for cell in cells:
+        good = cell.arm.name == "FlexLoRA"
+        made_runs.make(cell.folder, method=cell.arm.name, seed=cell.seed, gain=0.1 if good else 0.7, rounds=2)
+        made_runs.write(cell.folder / "experiment.json", cell.experiment.to_dict())
+        rounds = [json.loads(line) for line in (cell.folder / "metrics.jsonl").read_text().splitlines()]
+        for line in rounds:
+            line["unseen"] = line["test"] | {"value": (0.5 if good else 0.3) + 0.01 * cell.seed}
+        (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rounds))
+    blocks = writing.collect(grid, cells)
+    (found,) = pooling.together([block.rows for block in blocks], "unseen")
+    assert found.difference.mean == pytest.approx(-0.2) and (found.above, found.below) == (0, 6)
+    drawn = picture.finals([("even", blocks[0].rows)], "FlexLoRA", "unseen")
+    dots = [value for line in drawn.axes[0].lines for value in line.get_xdata()]
+    assert dots and min(dots) >= 25 and max(dots) <= 60
+    writing.write(grid, file, cells, tmp_path / "results", tmp_path / "runs")
+    assert "51.0" in (tmp_path / "runs/even.html").read_text()

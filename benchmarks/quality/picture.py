@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 VERDICTS = {"better": "#009E73", "worse": "#D55E00", "undecided": "#7F7F7F", "reference": "#0072B2"}
 
 
-def finals(settings: Sequence[tuple[str, Sequence[Row]]], reference: str) -> Figure:
-    """A row of two panels a setting: the score of each arm, mean and 95 % interval with the seeds as dots; and its
-    difference to the reference, coloured where the corrected t-test finds one.
+def finals(settings: Sequence[tuple[str, Sequence[Row]]], reference: str, part: Part) -> Figure:
+    """A row of two panels a setting: the score of each arm on ``part``, mean and 95 % interval with the seeds as dots;
+    and its difference to the reference, coloured where the corrected t-test finds one.
     """
     longest = max(len(rows) for _, rows in settings)
     made, every = svg.figure(10.5, len(settings) * (1.0 + 0.22 * longest), svg.PRINT, 2 * len(settings), 2)
     made.patch.set_alpha(1)
     for (name, rows), left, right in zip(settings, every[::2], every[1::2], strict=True):
-        _scores(left, name, rows)
+        _scores(left, name, rows, part)
         _differences(right, rows, reference)
     return made
 
@@ -39,14 +39,14 @@ def rounds(arms: Sequence[Arm], part: Part) -> Figure:
     return made
 
 
-def _scores(axes: Axes, name: str, rows: Sequence[Row]) -> None:
+def _scores(axes: Axes, name: str, rows: Sequence[Row], part: Part) -> None:
     for y, row in enumerate(rows):
-        values = 100 * np.array([test.value for test in row.arm.tests("test") or row.arm.tests("unseen")])
+        values = 100 * np.array([test.value for test in row.arm.tests(part)])
         axes.plot(values, np.full(len(values), y), "o", color=VERDICTS[row.verdict], ms=3, alpha=0.45, mec="none")
         axes.errorbar(100 * row.final.mean, y, xerr=_half(row.final), **_mark(row))
     low, high = axes.get_xlim()
     axes.set_xlim(max(low, -1), min(high, 101))  # two seeds' intervals are wider than what a score can be
-    metric = rows[0].arm.runs[0].metric
+    metric = next(test.metric for row in rows for test in row.arm.tests(part))
     _arms_axis(axes, rows, f"{metric}, %")
     axes.set_title(name, loc="left", fontsize=10)
 

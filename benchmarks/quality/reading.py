@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks.quality.pooling import Pooled
 from flexlora_fast.simulate import statistics, words
 from flexlora_fast.simulate.charts import energy_at
 from flexlora_fast.simulate.comparison import Arm, Part, Row
@@ -97,21 +98,22 @@ def of_setting(name: str, rows: Sequence[Row], part: Part) -> Iterator[str]:
         )
 
 
-def of_all(reference: str, pooled: Sequence[tuple[str, Difference, float, float]]) -> Iterator[str]:
-    """Who is better and worse than the reference over all settings together, by both corrected tests."""
-    found = [(label, gap, max(t, permuted)) for label, gap, t, permuted in pooled]
-    found = [(label, gap, p) for label, gap, p in found if p < 1 - statistics.CONFIDENCE]
+def of_all(reference: str, pooled: Sequence[Pooled]) -> Iterator[str]:
+    """Who is better and worse than the reference over all settings together, by the corrected t-test over seeds."""
+    found = [each for each in pooled if each.t < 1 - statistics.CONFIDENCE]
     for word, sign in (("Worse", -1), ("Better", 1)):
         told = []
-        for label, gap, p in found:
-            if sign * gap.mean > 0:
-                agree = max(gap.above, gap.below)
-                told.append(f"{label} ({words.gap(gap)}, in {agree} of {gap.n} pairs, p {words.p_value(p)})")
+        for each in found:
+            if sign * each.difference.mean > 0:
+                agree, pairs = (each.above, each.below)[sign < 0], each.above + each.below
+                told.append(
+                    f"{each.label} ({words.gap(each.difference)}, in {agree} of {pairs} pairs of setting and seed, "
+                    f"p {words.p_value(each.t)})"
+                )
         if told:
-            start = f"All settings together. {word} than {reference} by both tests, the larger p given"
-            yield f"{start}: {', '.join(told)}."
+            yield f"All settings together. {word} than {reference}: {', '.join(told)}."
     if pooled and not found:
-        yield f"All settings together. No method is told from {reference} by both tests."
+        yield f"All settings together. No method is told from {reference} after correction."
 
 
 def _longer(name: str, above: Sequence[Row], reference: Shape, part: Part) -> Iterator[str]:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.quality import picture, reading
+from benchmarks.quality import picture, pooling, reading
 from benchmarks.quality.grid import Cell, Change, Grid, flattened
 from flexlora_fast import memory, plots
 from flexlora_fast.errors import ResultsError
-from flexlora_fast.simulate import comparison, page, page_tables, results, statistics, words
+from flexlora_fast.simulate import comparison, page, page_tables, results, words
 from flexlora_fast.simulate.comparison import Arm, Row
-from flexlora_fast.simulate.statistics import Difference
+from flexlora_fast.tables import count
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,12 @@ def write(grid: Grid, file: Path, cells: Sequence[Cell], folder: Path, runs: Pat
     written[0].write_text("\n".join(lines(grid, file, cells, blocks)) + "\n", encoding="utf-8")
     document = json.dumps(plain(data(grid, blocks)), indent=1, allow_nan=False)
     written[1].write_text(document + "\n", encoding="utf-8")
-    plots.save(picture.finals([(block.setting.name, block.rows) for block in blocks], grid.reference), written[2])
+    settings = [(block.setting.name, block.rows) for block in blocks]
+    plots.save(picture.finals(settings, grid.reference, grid.part), written[2])
     for block in blocks:
         made = plots.save(picture.rounds(block.arms, grid.part), folder / f"{name}-{block.setting.slug}.png")
-        html = page.write([run.folder for arm in block.arms for run in arm.runs], runs / f"{block.setting.slug}.html")
+        folders = [run.folder for arm in block.arms for run in arm.runs]
+        html = page.write(folders, runs / f"{block.setting.slug}.html", part=grid.part)
         written += [made, html]
     return written
 
@@ -67,39 +69,6 @@ def collect(grid: Grid, cells: Sequence[Cell]) -> list[Block]:
             reference = grid.reference if arms[0].label == grid.reference else None
             blocks.append(Block(setting, arms, comparison.compare(arms, reference, grid.part)))
     return blocks
-
-
-# -- over all settings ---
-
-
-def together(blocks: Sequence[Block]) -> list[tuple[str, Difference, float, float]]:
-    """Each arm's difference to the reference over all settings and seeds, whose pairs are (setting, seed), with both
-    p-values corrected: more pairs than one setting has, for methods that all settings have.
-    """
-    found: list[tuple[str, Difference]] = []
-    for row in blocks[0].rows:
-        pairs = [_pairs(block, row.arm.label) for block in blocks]
-        if row.difference is not None and all(pairs):
-            ours, theirs = zip(*(pair for each in pairs for pair in each), strict=True)
-            found.append((row.arm.label, statistics.paired(ours, theirs)))
-    t = statistics.holm([difference.t_p for _, difference in found])
-    permuted = statistics.holm([difference.permutation_p for _, difference in found])
-    return [(*each, *p) for each, *p in zip(found, t, permuted, strict=True)]
-
-
-def _pairs(block: Block, label: str) -> list[tuple[float, float]]:
-    """Of that arm and the reference, the final scores of seeds that both have."""
-    rows = {row.arm.label: row for row in block.rows}
-    reference = next((row for row in block.rows if row.difference is None), None)
-    if label not in rows or reference is None:
-        return []
-    ours, theirs = (dict(zip(row.arm.seeds, _finals(row.arm), strict=True)) for row in (rows[label], reference))
-    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-
-
-def _finals(arm: Arm) -> list[float]:
-    part = "test" if arm.tests("test") else "unseen"
-    return [test.value for test in arm.tests(part)]
 
 
 # -- Markdown ---
@@ -125,11 +94,11 @@ def lines(grid: Grid, file: Path, cells: Sequence[Cell], blocks: Sequence[Block]
     for block in blocks:
         for sentence in reading.of_setting(block.setting.name, block.rows, grid.part):
             yield f"- {sentence}"
-    pooled = together(blocks) if len(blocks) > 1 else []
+    pooled = pooling.together([block.rows for block in blocks], grid.part) if len(blocks) > 1 else []
     for sentence in reading.of_all(grid.reference, pooled):
         yield f"- {sentence}"
     yield ""
-    yield words.caveat(blocks[0].arms, blocks[0].rows)
+    yield words.caveat(blocks[0].arms, blocks[0].rows, grid.part)
     for block in blocks:
         yield ""
         yield f"## {block.setting.name}"
@@ -203,19 +172,19 @@ def score_lines(grid: Grid, rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def pooled_lines(grid: Grid, pooled: Sequence[tuple[str, Difference, float, float]]) -> Iterator[str]:
-    pairs = pooled[0][1].n
+def pooled_lines(grid: Grid, pooled: Sequence[pooling.Pooled]) -> Iterator[str]:
+    seeds = pooled[0].difference.n
     yield (
-        f"Pairs are (setting, seed), {pairs} of them, so that the sign-flip test can give a p of "
-        f"{words.p_value(pooled[0][1].least_p)}. That a method gains in one setting what it loses in another is hidden "
-        "here."
+        f"Each of {count(seeds, 'seed')} has one difference here, its mean over the settings, which share what it "
+        "draws. That a method gains in one setting what it loses in another is hidden. Better and worse count pairs of "
+        "setting and seed."
     )
     yield ""
     yield f"| method | − {grid.reference} [95 %] | better in | worse in | t-test p | Holm | sign-flip p | Holm |"
     yield "|---|---|---|---|---|---|---|---|"
-    for label, difference, t, permuted in pooled:
-        p = map(words.p_value, (difference.t_p, t, difference.permutation_p, permuted))
-        yield f"| {label} | {words.gap(difference)} | {difference.above} | {difference.below} | {' | '.join(p)} |"
+    for each in pooled:
+        p = map(words.p_value, (each.difference.t_p, each.t, each.difference.permutation_p, each.permuted))
+        yield f"| {each.label} | {words.gap(each.difference)} | {each.above} | {each.below} | {' | '.join(p)} |"
 
 
 def cost_lines(block: Block) -> Iterator[str]:
@@ -266,8 +235,15 @@ def data(grid: Grid, blocks: Sequence[Block]) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "settings": {block.setting.name: [_row_data(row, grid) for row in block.rows] for block in blocks},
         "together": [
-            {"method": label, **dataclasses.asdict(difference), "t_holm": t, "permutation_holm": permuted}
-            for label, difference, t, permuted in (together(blocks) if len(blocks) > 1 else [])
+            {
+                "method": each.label,
+                **dataclasses.asdict(each.difference),
+                "t_holm": each.t,
+                "permutation_holm": each.permuted,
+                "pairs_above": each.above,
+                "pairs_below": each.below,
+            }
+            for each in (pooling.together([block.rows for block in blocks], grid.part) if len(blocks) > 1 else [])
         ],
     }
 

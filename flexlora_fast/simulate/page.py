@@ -14,30 +14,33 @@ from flexlora_fast.simulate.results import Run
 from flexlora_fast.tables import clean, count, number, percent, span
 
 
-def write(folders: Sequence[str | Path], out: str | Path, reference: str | None = None) -> Path:
+def write(
+    folders: Sequence[str | Path], out: str | Path, reference: str | None = None, *, part: Part | None = None
+) -> Path:
     """Write the report on the runs in these folders to ``out``, whole or not at all; returns its path.
 
     One folder gives the report of that run, several compare them: seeds of one method are put together, and methods
-    are compared with ``reference`` (default: flexlora, else the first). Runs that are still going are reported as far
-    as they are. Raises ``ResultsError`` for what is not a run's folder, or a damaged one.
+    are compared with ``reference`` (default: flexlora, else the first), by their scores on ``part`` (default: "test",
+    else "unseen"). Runs that are still going are reported as far as they are. Raises ``ResultsError`` for what is not
+    a run's folder, or a damaged one.
     """
     if not folders:
         raise OptionError("a report needs a run: give the folder of at least one")
-    text = html([results.read(folder) for folder in folders], reference)
+    text = html([results.read(folder) for folder in folders], reference, part)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.replace(out, lambda to: Path(to).write_text(text, encoding="utf-8"))
     return out
 
 
-def html(runs: Sequence[Run], reference: str | None = None) -> str:
+def html(runs: Sequence[Run], reference: str | None = None, part: Part | None = None) -> str:
     """The page's text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     arms = comparison.arms(runs)
     against = comparison.reference_of(arms, reference)
     arms.sort(key=lambda arm: arm is not against)  # the first in every figure
-    part: Part = "test" if any(run.last() for run in runs) else "unseen"
+    part = part or ("test" if any(run.last() for run in runs) else "unseen")
     rows = comparison.compare(arms, against.label, part)
     environment = Environment(
         loader=PackageLoader("flexlora_fast.simulate", "."),
