@@ -96,6 +96,36 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_target_its_end() -> None:
     assert (len(tokens.prompt), made.tokenizer.decode(tokens.target)) == (8, "x" * 8)
 
 
+def test_how_long_the_right_answer_is_does_not_show_in_a_tested_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = learner(max_length=16, new_tokens=5)
+    for target in ("y", "yes", "yesyesyesyes"):
+        assert made.tokenizer.decode(made.tokens("0123456789abcdefghij", target, testing=True).prompt) == "9abcdefghij"
+    seen: list[int] = []
+    answer = made._answer
+    monkeypatch.setattr(made, "_answer", lambda rows: seen.extend(len(row.prompt) for row in rows) or answer(rows))
+    made.evaluate(Dataset.from_dict({"prompt": ["0123456789abcdefghij"] * 2, "target": ["y", "yesyesyes"]}), 2)
+    assert seen == [11, 11]
+
+
+def test_how_the_models_authors_generate_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = language.load
+    plain = learner()
+
+    def with_habits(spec: ModelSpec) -> Any:
+        base, tokenizer = load(spec)
+        base.generation_config = transformers.GenerationConfig(
+            repetition_penalty=5.0, no_repeat_ngram_size=1, bad_words_ids=[[5]], temperature=0.2, do_sample=True
+        )
+        return base, tokenizer
+
+    monkeypatch.setattr(language, "load", with_habits)
+    made, answers = learner(), {}
+    for one_of in (plain, made):
+        monkeypatch.setattr(one_of.task, "score", lambda found, rows: answers.setdefault(len(answers), found) and [0.0])
+        one_of.evaluate(rows(), 4)
+    assert answers[0] == answers[1] and any(len(set(answer)) < len(answer) for answer in answers[0])
+
+
 def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path: Path) -> None:
     made = learner()
     frozen = {name: p.clone() for name, p in made.model.named_parameters() if not p.requires_grad}

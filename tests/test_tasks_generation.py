@@ -44,7 +44,7 @@ class TestNaturalInstructions:
         assert row["prompt"] == (
             "Below is an instruction that describes a task, paired with an input that provides further context. "
             "Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\nDo task 1.\n\n### Input:\ntraining 0 of 1\n\n### Response:\n"
+            "### Instruction:\nDo task 1.\n\n### Input:\ntraining 0 of 1\n\n### Response:"
         )
         assert (row["target"], row["targets"]) == ("answer 0 of 1", ["answer 0 of 1"])
         assert all("test" in prompt for prompt in corpus.test["prompt"])

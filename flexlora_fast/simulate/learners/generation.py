@@ -40,7 +40,8 @@ class GenerationLearner(Learner):
 
     Prompt and target are tokenized apart and joined, so the boundary is the same in training and in testing; the token
     that ends a text follows the target. Longer than ``max_length`` together, the prompt loses its beginning (in
-    instructions the question comes last); a target may take half of ``max_length`` and is cut there.
+    instructions the question comes last); a target may take half of ``max_length`` and is cut there. In testing the
+    room that is left for the answer is the same for all rows: how long a right answer is must not be told.
     """
 
     def __init__(self, model: ModelSpec, lora: LoraSpec, about: About, *, rank: int, seed: int) -> None:
@@ -51,22 +52,27 @@ class GenerationLearner(Learner):
             raise OptionError(f"task {task.name!r} is of kind {task.kind!r}: a language model has no answers to score")
         self.task = task
         torch.manual_seed(seed)
+        # What a model's authors like to generate with (penalties, sampling) would fill what an answer's settings leave
+        # open, and is no part of a task's metric.
+        base.generation_config = transformers.GenerationConfig()
         self.model = adapted(base, lora, rank)
         # What the tokenizer starts a text with: a prompt that loses its beginning keeps it.
         self._start = [token for token in self.tokenizer("").input_ids if token != self.tokenizer.eos_token_id]
 
-    def tokens(self, prompt: str, target: str) -> Tokens:
-        """Token ids of a row, cut to ``max_length`` together."""
+    def tokens(self, prompt: str, target: str, *, testing: bool = False) -> Tokens:
+        """Token ids of a row, cut to ``max_length`` together; in testing the prompt as if before the longest answer."""
         length = self.spec.max_length
         answer = [*self.tokenizer(target, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
         answer = answer[: length // 2]
         question = self.tokenizer(prompt, add_special_tokens=False).input_ids
-        room = length - len(answer) - len(self._start)
+        ahead = min(self.task.max_new_tokens, length // 2) if testing else len(answer)
+        room = length - ahead - len(self._start)
         return Tokens(self._start + question[max(0, len(question) - room) :], answer)
 
-    def rows(self, rows: Dataset) -> list[Tokens]:
+    def rows(self, rows: Dataset, *, testing: bool = False) -> list[Tokens]:
         """Token ids of all rows."""
-        return [self.tokens(prompt, target) for prompt, target in zip(rows["prompt"], rows["target"], strict=True)]
+        pairs = zip(rows["prompt"], rows["target"], strict=True)
+        return [self.tokens(prompt, target, testing=testing) for prompt, target in pairs]
 
     def collate(self, rows: Sequence[Tokens]) -> dict[str, Any]:
         """A batch for the model: padded on the left, so that the targets stand together at its end.
@@ -100,7 +106,7 @@ class GenerationLearner(Learner):
         Rows of one length are batched together, so that little is padding.
         """
         self.model.eval()
-        tokens = self.rows(rows)
+        tokens = self.rows(rows, testing=True)
         order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i].prompt), len(tokens[i].target)))
         answers, loss = [""] * len(tokens), np.zeros(len(tokens))
         with merged(self.model):

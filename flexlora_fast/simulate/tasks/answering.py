@@ -40,12 +40,12 @@ def alpaca(instruction: str, text: str = "") -> str:
     if not text:
         return (
             "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-            f"\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+            f"\n\n### Instruction:\n{instruction}\n\n### Response:"
         )
     return (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         f"response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{text}"
-        "\n\n### Response:\n"
+        "\n\n### Response:"
     )
 
 
