@@ -203,3 +203,23 @@ def test_one_experiment_with_one_seed_cannot_be_there_twice(tmp_path):
 def test_an_unknown_reference_is_refused(tmp_path):
     with pytest.raises(OptionError, match="'fedavg' to compare with; there are made"):
         page.write([made_runs.make(tmp_path / "run")], tmp_path / "page.html", reference="fedavg")
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_runs_that_were_tested_on_other_rows_or_by_another_metric_are_not_compared(tmp_path, seeds):
+    folders = [
+        made_runs.make(tmp_path / f"{method}-{seed}", method=method, seed=seed, rounds=2)
+        for method in ("flexlora", "fedit")
+        for seed in seeds
+    ]
+    for folder in folders:
+        made_runs.write(folder / "data/about.json", {"labels": [], "tested": {"test": folder.name[:3]}})
+    with pytest.raises(ResultsError, match=r"fedit-0 and .*flexlora-0 were tested on different rows; compare runs of"):
+        page.write(folders, tmp_path / "page.html")
+    for folder in folders:
+        made_runs.write(folder / "data/about.json", {"labels": [], "tested": {"test": "alike"}})
+    page.write(folders, tmp_path / "page.html")
+    lines = folders[-1] / "metrics.jsonl"
+    lines.write_text(lines.read_text().replace('"accuracy"', '"f1"'))
+    with pytest.raises(ResultsError, match="were scored by f1 and by accuracy"):
+        page.write(folders, tmp_path / "page.html")

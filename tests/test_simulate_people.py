@@ -13,11 +13,11 @@ import torch
 from datasets import load_from_disk
 
 import flexlora_fast as ff
-from flexlora_fast.errors import OptionError
+from flexlora_fast.errors import DataError, OptionError
 from flexlora_fast.simulate import partition, ranks
 from flexlora_fast.simulate.prepare import prepare
 from flexlora_fast.simulate.spec import PAPER_TYPES, Ranks, RankType
-from tests.simulations import WORDS, colours, experiment  # noqa: F401 - a fixture
+from tests.simulations import WORDS, Colours, colours, experiment  # noqa: F401 - a fixture
 
 
 @pytest.mark.parametrize(
@@ -116,6 +116,26 @@ def test_a_clients_rows_are_a_slice_of_what_is_stored(tmp_path: Path) -> None:
     assert sum(client.eval for client in people.clients) == people.rows["test"] == 60
     told = json.loads((tmp_path / "clients.json").read_text())
     assert told[0]["ranks"] == {"r": 2, "rank_pattern": {}} and told[0]["type"] == "2"
+
+
+@pytest.mark.usefixtures("colours")
+def test_clients_that_take_no_part_are_not_tested(tmp_path: Path) -> None:
+    natural = {"clients": {"partition": "natural", "number": 2}, "ranks": {"all": 2}, "evaluation__limit": None}
+    people = prepare(experiment(**natural), tmp_path)
+    test = load_from_disk(tmp_path / "data/test")
+    assert set(test["client"]) == {client.name for client in people.clients} and len(people.clients) == 2
+    assert len(test) == sum(client.eval for client in people.clients) < 60
+    assert len(set(load_from_disk(tmp_path / "data/unseen")["client"])) == 4
+
+
+@pytest.mark.usefixtures("colours")
+def test_a_part_without_rows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Colours.rows
+    monkeypatch.setattr(
+        Colours, "rows", lambda self, seed, part: rows(self, seed, part).select(range(60 * (part != 1)))
+    )
+    with pytest.raises(DataError, match="task 'colours' leaves no row for 'test'"):
+        prepare(experiment(), tmp_path)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +114,44 @@ def test_a_client_that_diverges_is_refused_and_the_round_goes_on(
     for line in results.read(tmp_path).rounds[1:]:
         assert [(one.client, one.code) for one in line.refused] == [("client-2", "adapter")]
         assert line.update.norm > 0 and line.test.loss is not None
+
+
+def test_who_diverged_has_no_loss(tmp_path: Path) -> None:
+    """Trainer would tell the mean of the steps before, which looks better than a client that trains."""
+    run(experiment(rounds=1, training__lr=1e30, training__steps=4), tmp_path, workers=0)
+    line = results.read(tmp_path).rounds[1]
+    assert len(line.refused) == 3 and line.train.loss is None
+    assert all(client.loss is None for client in line.train.clients.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"lora__target_modules": ["nothing"]},
+            r"model 'tiny' cannot be made \(.*No modules were targeted.*check \[model\] and",
+        ),
+        ({"model__path": "nope/missing"}, "model 'nope/missing' cannot be made"),
+    ],
+)
+def test_what_is_wrong_with_the_model_is_told(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(SimulationError, match=said):
+        run(experiment(**changes), tmp_path / "here", workers=0)
+
+
+def test_a_worker_process_leaves_what_is_wrong_with_the_model_to_its_first_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(setup: object) -> None:
+        raise ValueError("no such module")
+
+    monkeypatch.setattr(worker, "belong", lambda taken: None)
+    monkeypatch.setattr(worker, "Worker", broken)
+    monkeypatch.setattr(worker, "_worker", None)
+    monkeypatch.setattr(worker, "_failure", None)
+    worker.start(SimpleNamespace(model=SimpleNamespace(path="tiny")), object())  # type: ignore[arg-type]
+    with pytest.raises(SimulationError, match=r"cannot be made \(ValueError: no such module\)"):
+        worker.run(tmp_path)
 
 
 @pytest.mark.parametrize(

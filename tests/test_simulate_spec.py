@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from flexlora_fast.errors import OptionError
-from flexlora_fast.simulate.spec import Experiment
+from flexlora_fast.simulate.spec import Experiment, Training
 from tests.simulations import colours, document, experiment  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("colours")
@@ -53,6 +53,31 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"method__name": "flexlra"}, "method: no method 'flexlra'; did you mean 'flexlora'"),
     ({"method__settings": {"tau": 1}}, "method: settings do not fit method 'flexlora'"),
     ({"method__gamma": 0.5}, "method: gamma is HetLoRA's self-pruning"),
+    ({"method__penalty": 0.1}, "method: penalty is that of HetLoRA's self-pruning; give gamma with it"),
+    ({"model__max_length": 1}, "model.max_length is 1: input should be greater than or equal to 8"),
+    ({"model__max_length": "77"}, "model.max_length is '77': input should be a valid integer"),
+    ({"model__dtype": "floaty"}, "model.dtype 'floaty' is none of torch's"),
+    ({"lora__scale": -1.0}, "lora.scale is -1.0: input should be greater than 0"),
+    ({"lora__dropout": 1.5}, "lora.dropout is 1.5: input should be less than 1"),
+    ({"seed": 10**23}, "seed is"),
+    ({"training__weight_decay": float("inf")}, "training.weight_decay is inf"),
+    ({"training__momentum": 0.9}, "training: momentum is that of optimizer 'sgd'"),
+    ({"ranks__types": [{"r": 3}]}, "ranks: types are what a distribution draws from"),
+    ({"ranks__attention": "("}, "ranks: attention is no regular expression"),
+    ({"server__solver": "nope"}, "server: solver 'nope' is not one of auto"),
+    ({"server__defence": "nope"}, "server: .*'nope'"),
+    ({"task__rows": "8"}, "task.rows is '8': input should be a valid integer"),
+    (
+        {
+            "method": {"name": "hetlora", "gamma": 0.5},
+            "ranks": {"distribution": "uniform", "types": [{"r": 2, "ffn": 4}]},
+        },
+        "method.gamma prunes a client to one rank",
+    ),
+    (
+        {"rounds": 3, "method__slora": {"rounds": 1, "density": 0.1, "densities": {"7": 0.2}}},
+        r"method.slora.densities has \['7'\]; the types of \[ranks\] are \['1', '2', '4'\]",
+    ),
     ({"method__slora": {"rounds": 2, "density": 0.1}}, "method.slora.rounds leaves none of the 2 rounds"),
     ({"method__name": "flora", "server__optimizer": {"name": "fedavgm"}}, "method 'flora' has no server.optimizer"),
     ({"task__name": "colors"}, "task 'colors' is not one of trec"),
@@ -100,3 +125,19 @@ def test_a_round_asks_a_count_a_share_or_all() -> None:
 def test_learning_rates_go_down_by_round() -> None:
     training = experiment(training__schedule=[{"round": 15, "factor": 0.5}, {"round": 30, "factor": 0.25}]).training
     assert [training.factor(number) for number in (1, 14, 15, 29, 30, 99)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "seen"),
+    [
+        (8, {"batch": 16, "steps": 2}, 16),
+        (8, {"batch": 3, "steps": 4}, 11),
+        (8, {"batch": 16, "epochs": 0.5}, 8),
+        (10, {"batch": 4, "epochs": 1.5}, 18),
+        (100, {"batch": 4, "steps": 3}, 12),
+    ],
+)
+def test_a_client_sees_its_rows_in_whole_passes_and_the_rest_of_one(
+    rows: int, options: dict[str, Any], seen: int
+) -> None:
+    assert Training(lr=1e-3, **options).examples(rows) == seen

@@ -93,6 +93,25 @@ class TestNaturalInstructions:
         half = load("natural-instructions", path=path, unseen=0.5)
         assert half.unseen is not None
         assert len(set(half.unseen["client"])) == 3
+        part = load("natural-instructions", path=path, unseen=0.5, categories=["Sorting"])
+        assert part.unseen is not None
+        trained, never = len(set(part.train["client"])), len(set(part.unseen["client"]))
+        total = len(set(only.train["client"]))
+        assert (never, trained) == (round(0.5 * total), total - round(0.5 * total))
+        for wrong in (-3, 2.5):
+            with pytest.raises(ValueError, match="unseen"):
+                load("natural-instructions", path=path, unseen=wrong)
+
+    def test_a_client_of_two_lines_and_one_without_a_name_are_told(self, tmp_path: Path) -> None:
+        path = tmp_path / "clients.jsonl"
+        entry = {"client": 1, "category": "a", "instruction": "b", "train": [], "eval": [], "test": []}
+        path.write_text(f"{json.dumps(entry)}\n{json.dumps(entry)}\n")
+        with pytest.raises(DataError, match=r"clients\.jsonl:2: client '1' has a line already; a line holds"):
+            load("natural-instructions", path=path)
+        del entry["client"]
+        path.write_text(f"{json.dumps(entry)}\n")
+        with pytest.raises(DataError, match=r"clients\.jsonl:1: has no 'client'"):
+            load("natural-instructions", path=path)
 
     def test_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def part(task: str, count: int) -> Dataset:

@@ -154,7 +154,8 @@ def compare(found: Sequence[Arm], reference: str | None = None, part: Part = "te
     Where there are several seeds, pairs are those that both arms have. With one seed, pairs are the rows of the test,
     whose spread leaves out splits, initialisations and data orders.
 
-    Raises ``OptionError`` for a reference that is not there.
+    Raises ``OptionError`` for a reference that is not there, ``ResultsError`` for runs of one seed that were tested on
+    other rows, or by other metrics.
     """
     against = reference_of(found, reference)
     rows = [_row(arm, against, part) for arm in found if arm.tests(part)]
@@ -190,10 +191,28 @@ def _row(arm: Arm, reference: Arm, part: Part) -> Row:
     )
 
 
+def _check_alike(run: Run, other: Run, part: Part) -> None:
+    """Raise ``ResultsError`` where scores of two runs cannot be taken from each other."""
+    a, b = run.last(part), other.last(part)
+    rows = [each.tested.get(part) for each in (run, other)]
+    if a is not None and b is not None and a.metric != b.metric:
+        what = f"scored by {a.metric} and by {b.metric}"
+    elif None not in rows and rows[0] != rows[1]:
+        what = "tested on different rows"
+    else:
+        return
+    raise ResultsError(
+        f"{run.folder} and {other.folder} were {what}; compare runs of one task, with the same [task] and "
+        "evaluation.limit"
+    )
+
+
 def _difference(arm: Arm, reference: Arm, part: Part) -> tuple[Difference | None, Literal["seeds", "rows"]]:
     ours = dict(zip(arm.seeds, arm.tests(part), strict=True))
     theirs = dict(zip(reference.seeds, reference.tests(part), strict=False))
     common = sorted(ours.keys() & theirs.keys())
+    for seed in common:
+        _check_alike(arm.runs[arm.seeds.index(seed)], reference.runs[reference.seeds.index(seed)], part)
     if len(common) > 1:
         found = statistics.paired([ours[seed].value for seed in common], [theirs[seed].value for seed in common])
         return found, "seeds"

@@ -12,7 +12,7 @@ import numpy as np
 
 from flexlora_fast.simulate import comparison
 from flexlora_fast.simulate.comparison import Arm, Part, flat
-from flexlora_fast.simulate.results import Client, Run
+from flexlora_fast.simulate.results import ABOUT, Client, Run
 from flexlora_fast.tables import clean, natural, spread
 
 ROWS, COLUMNS = 40, 16  # of the table of labels: more cannot be taken in
@@ -92,7 +92,7 @@ def skew(run: Run) -> Skew | None:
 
 def _label_names(run: Run, number: int) -> list[str]:
     """From the corpus' description beside the data; labels are numbered where it is not there."""
-    path = run.folder / "data" / "about.json"
+    path = run.folder / ABOUT
     names = json.loads(path.read_text()).get("labels") if path.is_file() else None
     return [clean(name) for name in names] if names and len(names) == number else [str(i) for i in range(number)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,18 +13,17 @@ import datasets
 import numpy as np
 
 from flexlora_fast import files
-from flexlora_fast.errors import OptionError
+from flexlora_fast.errors import DataError, OptionError
 from flexlora_fast.simulate import partition, ranks, tasks
 from flexlora_fast.simulate.corpus import CLIENT, Corpus
 from flexlora_fast.simulate.learners.base import About
-from flexlora_fast.simulate.results import CLIENTS
+from flexlora_fast.simulate.results import ABOUT, CLIENTS
 from flexlora_fast.simulate.spec import Experiment
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 CATEGORY = "category"
-ABOUT = "about.json"
 # What random numbers are for, so that no two purposes share any: they are addressed by (seed, purpose, …).
 PARTITION, RANKS, LIMIT, SAMPLE, DROPOUT, TRAIN, INITIAL, SPEED = range(8)
 
@@ -76,15 +76,21 @@ def _write(experiment: Experiment, out: Path) -> None:
     types = ranks.assign(experiment.ranks, len(parts), (experiment.seed, RANKS))
     limit = experiment.evaluation.limit
     stored: dict[str, Dataset] = {"train": corpus.train.select(np.concatenate(list(parts.values())))}
-    stored["test"] = limited(corpus.test, limit, (experiment.seed, LIMIT, 0))
+    stored["test"] = limited(_tested(experiment, corpus, parts), limit, (experiment.seed, LIMIT, 0))
     if corpus.unseen is not None and experiment.evaluation.unseen:
         stored["unseen"] = limited(corpus.unseen, limit, (experiment.seed, LIMIT, 1))
+    for name, kept in stored.items():
+        if not len(kept):
+            raise DataError(
+                f"task {experiment.task['name']!r} leaves no row for {name!r}; have [task] hold out more of each client"
+            )
     datasets.disable_progress_bars()
     for name, rows in stored.items():
         rows.save_to_disk(out / "data" / name)
     options: dict[str, Any] = {"labels": list(corpus.labels), "kind": corpus.kind, "metric": corpus.metric}
     options["rows"] = {name: len(rows) for name, rows in stored.items()}
-    write_json(out / "data" / ABOUT, options)
+    options["tested"] = {name: _digest(rows) for name, rows in stored.items() if name != "train"}
+    write_json(out / ABOUT, options)
     own = _counts(stored["test"], CLIENT)
     classes = _column(corpus.train, "label") if corpus.labels else None
     categories = _column(corpus.train, CATEGORY) if CATEGORY in corpus.train.column_names else None
@@ -102,7 +108,7 @@ def _write(experiment: Experiment, out: Path) -> None:
 
 
 def _read(experiment: Experiment, out: Path) -> People:
-    described = json.loads((out / "data" / ABOUT).read_text())
+    described = json.loads((out / ABOUT).read_text())
     clients = [Client(**client) for client in json.loads((out / CLIENTS).read_text())]
     about = About(described["kind"], tuple(described["labels"]), experiment.task["name"], experiment.task_options)
     types = {client.type: client.ranks for client in sorted(clients, key=lambda c: ranks.order(c.ranks))}
@@ -136,6 +142,14 @@ def _parts(experiment: Experiment, corpus: Corpus) -> dict[str, np.ndarray]:
     return {f"client-{i + 1:0{width}d}": part for i, part in enumerate(parts)}
 
 
+def _tested(experiment: Experiment, corpus: Corpus, parts: Mapping[str, Any]) -> Dataset:
+    """The test rows: where clients are the rows' own, those of clients that train; the others take no part."""
+    if experiment.clients.partition != "natural" or CLIENT not in corpus.test.column_names:
+        return corpus.test
+    owners = _column(corpus.test, CLIENT).astype(str)
+    return corpus.test.select(np.flatnonzero(np.isin(owners, list(parts))))
+
+
 def limited(rows: Dataset, limit: int | None, seed: tuple[int, ...]) -> Dataset:
     """``limit`` rows drawn at random, in their order; all of them where there are no more."""
     if limit is None or limit >= len(rows):
@@ -154,6 +168,14 @@ def _counts(rows: Dataset, name: str) -> dict[str, int]:
         return {}
     names, counts = np.unique(_column(rows, name), return_counts=True)
     return dict(zip(map(str, names), counts.tolist(), strict=True))
+
+
+def _digest(rows: Dataset) -> str:
+    """What tells apart the rows that two runs were tested on; images by their classes and order alone."""
+    told = hashlib.sha256()
+    for name in sorted({"prompt", "target", "text", "label", CLIENT} & set(rows.column_names)):
+        told.update(f"{name}:{rows[name][:]!r}".encode())
+    return told.hexdigest()
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -15,6 +15,7 @@ from flexlora_fast.errors import ResultsError, shown
 
 EXPERIMENT, CLIENTS, METRICS = "experiment.json", "clients.json", "metrics.jsonl"
 SUMMARY, SCORES = "summary.json", "scores.npz"
+ABOUT = Path("data") / "about.json"  # the corpus
 T = TypeVar("T")
 
 
@@ -134,6 +135,7 @@ class Run:
     Attributes:
         experiment: the resolved spec, as the file has it. rounds: in order; the first may be round 0.
         summary: None while it has not ended. scores: arrays by name, each with an entry a row of the test.
+        tested: by part, a digest of the rows that it is tested on; empty where the run's folder does not say.
     """
 
     folder: Path
@@ -142,6 +144,7 @@ class Run:
     rounds: tuple[Round, ...]
     summary: Mapping[str, Any] | None = None
     scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    tested: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -214,7 +217,13 @@ def read(folder: str | Path) -> Run:
         rounds=tuple(_rounds(folder / METRICS)),
         summary=_parse(summary, TypeAdapter(dict[str, Any])) if summary.is_file() else None,
         scores=_scores(folder / SCORES),
+        tested=_tested(folder / ABOUT),
     )
+
+
+def _tested(path: Path) -> dict[str, str]:
+    about = _parse(path, TypeAdapter(dict[str, Any])) if path.is_file() else {}
+    return dict(about.get("tested", {}))
 
 
 def _rounds(path: Path) -> Iterator[Round]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from flexlora_fast import methods
+from flexlora_fast import defence, methods
 from flexlora_fast.errors import OptionError, shown
+from flexlora_fast.lowrank import plan
 from flexlora_fast.simulate import documents, tasks
 from flexlora_fast.simulate.learners.base import LoraSpec, ModelSpec
 
@@ -20,6 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Chance = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Table(BaseModel):
@@ -102,7 +105,20 @@ class Ranks(Table):
         given = [name for name in ("all", "each", "distribution") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of all, each and distribution, not {' and '.join(given) or 'none'}")
+        if self.distribution is None and self.types != PAPER_TYPES:
+            raise ValueError("types are what a distribution draws from; give a distribution, or each and no types")
+        try:
+            re.compile(self.attention)
+        except re.error as error:
+            raise ValueError(f"attention is no regular expression ({error})") from error
         return self
+
+    @property
+    def drawn(self) -> list[RankType]:
+        """The types that clients may have."""
+        if self.distribution is not None:
+            return self.types
+        return [RankType(r=r) for r in (self.each or [self.all or 1])]
 
 
 class Sparse(Table):
@@ -133,7 +149,7 @@ class MethodTable(Table):
     label: str | None = None
     settings: dict[str, Any] = {}
     gamma: Annotated[float, Field(gt=0, lt=1)] | None = None
-    penalty: Annotated[float, Field(ge=0)] = 0.0
+    penalty: NotNegative = 0.0
     slora: Sparse | None = None
 
     @model_validator(mode="after")
@@ -148,6 +164,8 @@ class MethodTable(Table):
             raise ValueError(f"settings do not fit method {self.name!r}: {error}") from error
         if self.gamma is not None and self.name != "hetlora":
             raise ValueError("gamma is HetLoRA's self-pruning; leave it out for other methods")
+        if self.penalty and self.gamma is None:
+            raise ValueError("penalty is that of HetLoRA's self-pruning; give gamma with it")
         return self
 
     def make(self) -> methods.Method:
@@ -177,8 +195,8 @@ class Asynchronous(Table):
 
     goal: Count
     concurrency: Count
-    exponent: Annotated[float, Field(ge=0)] = 0.5
-    spread: Annotated[float, Field(ge=0)] = 0.5
+    exponent: NotNegative = 0.5
+    spread: NotNegative = 0.5
     max_staleness: Annotated[int, Field(ge=0)] = 10
 
 
@@ -186,7 +204,7 @@ class Server(Table):
     """The ``[server]`` table: what the server does beside the method; arguments of ``ff.Aggregator``."""
 
     solver: str = "auto"
-    tol: Annotated[float, Field(ge=0)] = 1e-3
+    tol: NotNegative = 1e-3
     defence: str | None = None
     optimizer: Optimizer | None = None
     asynchronous: Asynchronous | None = None
@@ -195,6 +213,8 @@ class Server(Table):
     def _one(self) -> Server:
         if self.optimizer is not None and self.asynchronous is not None:
             raise ValueError("asynchronous rounds have no server optimizer here; leave one of the two out")
+        plan.check_solver(self.solver)
+        defence.get(self.defence)
         return self
 
 
@@ -222,7 +242,7 @@ class Training(Table):
     lr_head: Positive | None = None
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: Chance = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     clip: Positive = 1.0
     schedule: list[Decay] = []
 
@@ -230,11 +250,16 @@ class Training(Table):
     def _one(self) -> Training:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError("momentum is that of optimizer 'sgd'; AdamW has its own")
         return self
 
     def examples(self, rows: int) -> int:
-        """How many a client with so many rows sees in a round."""
-        return (self.steps or 0) * self.batch if self.epochs is None else math.ceil(self.epochs * rows)
+        """How many a client with so many rows sees in a round: the last batch of a pass over them may be small."""
+        a_pass = math.ceil(rows / self.batch)
+        steps = math.ceil((self.epochs or 0) * a_pass) if self.steps is None else self.steps
+        passes, more = divmod(steps, a_pass)
+        return passes * rows + min(more * self.batch, rows)
 
     def factor(self, number: int) -> float:
         """Of the learning rates in that round."""
@@ -263,7 +288,7 @@ class Experiment(Table):
 
     name: str
     rounds: Count
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     task: dict[str, Any]
     model: ModelSpec
     lora: LoraSpec = LoraSpec()
@@ -278,6 +303,11 @@ class Experiment(Table):
     def _rounds(self) -> Experiment:
         if self.method.slora is not None and self.method.slora.rounds >= self.rounds:
             raise ValueError(f"method.slora.rounds leaves none of the {self.rounds} rounds; raise rounds")
+        labels = [kind.label for kind in self.ranks.drawn]
+        if self.method.gamma is not None and any("/" in label for label in labels):
+            raise ValueError("method.gamma prunes a client to one rank; give ranks without ffn")
+        if self.method.slora is not None and (unknown := sorted(set(self.method.slora.densities) - set(labels))):
+            raise ValueError(f"method.slora.densities has {unknown}; the types of [ranks] are {sorted(set(labels))}")
         method = self.method.make()
         if self.server.optimizer is not None and (method.merges or method.trains != ("A", "B")):
             raise ValueError(f"method {self.method.name!r} has no server.optimizer; take flexlora or fedit")
@@ -302,7 +332,7 @@ class Experiment(Table):
         """Check a document. Raises ``OptionError`` naming ``source``, the key, its value, and what to do."""
         try:
             # As JSON: a strict model takes a path for text and a list for a tuple there, and still no "1" for 1.
-            experiment = cls.model_validate_json(json.dumps(document, default=str))
+            experiment = cls.model_validate_json(json.dumps(document, default=str), strict=True)
         except ValidationError as error:
             raise OptionError("\n".join(documents.told(problem, source, cls) for problem in error.errors())) from error
         name = experiment.task.get("name")
@@ -310,7 +340,7 @@ class Experiment(Table):
             raise OptionError(f"{source}: task.name is {shown(name)}; give one of {', '.join(tasks.TASKS)}")
         options = tasks.task_class(name).Options
         try:
-            options.model_validate_json(json.dumps(experiment.task_options))
+            options.model_validate_json(json.dumps(experiment.task_options), strict=True)
         except ValidationError as error:
             problems = [{**problem, "loc": ("task", *problem["loc"])} for problem in error.errors()]
             raise OptionError(

@@ -19,6 +19,7 @@ from transformers import PrinterCallback
 
 from flexlora_fast import live
 from flexlora_fast.adapter import Adapter
+from flexlora_fast.errors import FlexLoRAError, SimulationError
 from flexlora_fast.methods.hetlora import pruned_rank, pruning_penalty
 from flexlora_fast.methods.slora import SparseDelta, SparseTuning
 from flexlora_fast.simulate.jobs import EvaluateJob, Model, Setup, Sparse, Tested, Trained, TrainJob
@@ -157,6 +158,7 @@ class Worker:
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
+            logging_nan_inf_filter=False,  # which would give a client that diverged the loss of its first steps
             dataloader_pin_memory=False,
         )
 
@@ -196,20 +198,39 @@ class Worker:
 
 
 _worker: Worker | None = None
+_failure: Exception | None = None
 
 
 def start(setup: Setup, taken: Any = None) -> None:
-    """Make this process a worker; called once in each. ``taken``: a shared counter of workers, which GPUs go by."""
-    global _worker  # noqa: PLW0603 - what a process pool's initializer leaves for its jobs has no other place
+    """Make this process a worker; called once in each. ``taken``: a shared counter of workers, which GPUs go by.
+
+    Raises what is wrong with the model or ``[lora]``; in a process of a pool, its first job does: all that a pool can
+    say of an initializer that raised is that a process died.
+    """
+    global _worker, _failure  # noqa: PLW0603 - what a pool's initializer leaves for its jobs has no other place
     if taken is not None:
         belong(taken)
     elif visible := gpus():  # Trainer would spread a model over all that it sees
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
-    _worker = Worker(setup)
+    try:
+        _worker, _failure = Worker(setup), None
+    except Exception as error:
+        _failure = told(error, setup.model.path)
+        if taken is None:
+            raise _failure from error
+
+
+def told(error: Exception, path: str) -> FlexLoRAError:
+    """What is said of a model that could not be made."""
+    if isinstance(error, FlexLoRAError):
+        return error
+    return SimulationError(f"model {path!r} cannot be made ({type(error).__name__}: {error}); check [model] and [lora]")
 
 
 def run(job: TrainJob | EvaluateJob | Path) -> Any:
     """A job in this process; a path asks for the initial adapter there."""
+    if _failure is not None:
+        raise _failure
     assert _worker is not None
     if isinstance(job, TrainJob):
         return _worker.train(job)

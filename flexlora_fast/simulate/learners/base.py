@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from flexlora_fast.simulate.corpus import Kind
 
@@ -32,7 +32,15 @@ class ModelSpec(BaseModel):
     path: str
     data: Path = Path(".demo-data")
     dtype: str = "auto"
-    max_length: int = 512
+    max_length: Annotated[int, Field(ge=8)] = 512
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        from flexlora_fast.simulate.processes import base_dtype
+
+        base_dtype(dtype)
+        return dtype
 
 
 class LoraSpec(BaseModel):
@@ -43,8 +51,8 @@ class LoraSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     target_modules: str | list[str] = "all-linear"
-    scale: float = 2.0
-    dropout: float = 0.0
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,12 @@ class ClientLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._entries = {str(entry.values.get("client")): entry for entry in reading.lines(path, _LINES)}
+        self._entries: dict[str, Entry] = {}
+        for entry in reading.lines(path, _LINES):
+            number = entry.values.get("client")
+            name = str(number) if type(number) is int else entry.text("client")
+            if self._entries.setdefault(name, entry) is not entry:
+                raise DataError(f"{entry.where}: client {name!r} has a line already; {_LINES}")
         self.names = list(self._entries)
 
     def read(self, name: str) -> Client:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -30,7 +30,8 @@ class NaturalInstructionsOptions(AnsweringOptions):
     ``path``: the authors' folder of ``local_training_*.json``; a checkout of allenai/natural-instructions; or a JSON
     Lines file with a client a line. None: the copy on the hub. ``share``: of a task's instances, where they are not
     subsampled already (the paper takes a tenth). ``clients``: how many train (None: all that are left); ``unseen``: how
-    many never train: a number, a share of all below 1, or "test_tasks" for the tasks in splits/default/test_tasks.txt.
+    many never train: a number, a share below 1 of all that are left, or "test_tasks" for those in
+    splits/default/test_tasks.txt.
     ``categories``: only these. ``english``: only tasks whose letters are Latin ones by nine tenths: Rouge reads no
     others. ``max_chars``: only examples whose input and answer have no more together. ``train``, ``test``: examples a
     client at most. ``score_on``: which of the authors' two held-out parts tests: "eval" for tuning, "test" for results.
@@ -39,7 +40,7 @@ class NaturalInstructionsOptions(AnsweringOptions):
     path: Path | None = None
     share: float = Field(0.1, gt=0, le=1)
     clients: int | None = Field(None, ge=1)
-    unseen: int | float | Literal["test_tasks"] = 0
+    unseen: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] | Literal["test_tasks"] = 0
     categories: list[str] | None = None
     english: bool = False
     max_chars: int | None = Field(None, ge=1)
@@ -96,15 +97,24 @@ class NaturalInstructions(AnsweringTask):
             held_out = set(source.test_tasks())
             unseen = list(self._wanted(source, [name for name in order if name in held_out], None))
             rest = [name for name in order if name not in held_out]
-            return list(self._wanted(source, rest, self.options.clients)), unseen
-        count = round(wanted * len(order)) if isinstance(wanted, float) and wanted < 1 else int(wanted)
-        total = None if self.options.clients is None else self.options.clients + count
-        found = list(self._wanted(source, order, total))
-        if total is not None and len(found) < total:
-            raise OptionError(
-                f"task.clients and task.unseen want {total} clients, and {len(found)} are there to be had"
-            )
+            return self._enough(source, rest, self.options.clients), unseen
+        clients = self.options.clients
+        if isinstance(wanted, int):
+            found = self._enough(source, order, None if clients is None else clients + wanted)
+            return found[wanted:], found[:wanted]
+        # A share of those that pass the filters; with ``clients`` given, of them and the unseen together.
+        found = self._enough(source, order, None if clients is None else round(clients / (1 - wanted)))
+        count = round(wanted * len(found))
         return found[count:], found[:count]
+
+    def _enough(self, source: Source, names: Sequence[str], count: int | None) -> list[Client]:
+        """The first ``count`` that have what the options ask for. Raises ``OptionError`` where there are less."""
+        found = list(self._wanted(source, names, count))
+        if count is not None and len(found) < count:
+            raise OptionError(
+                f"task.clients and task.unseen want {count} clients, and {len(found)} are there to be had"
+            )
+        return found
 
     def _wanted(self, source: Source, names: Sequence[str], count: int | None) -> Iterator[Client]:
         """The first ``count`` clients that have what the options ask for."""
