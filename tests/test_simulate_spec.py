@@ -83,6 +83,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"task__name": "colors"}, "task 'colors' is not one of trec"),
     ({"task__rows": "many"}, "made-up.toml: task.rows is 'many'"),
     ({"task__row": 3}, "made-up.toml: task.row is no key of an experiment; did you mean 'rows'?"),
+    ({"task": {"name": "reasoning-gym", "tasks": ["gcd"], "unseen": ["gcd"]}}, "task: no task is left to train on"),
+    ({"task": {"name": "commonsense", "path": "x", "sets": []}}, "task: no set is left to train on"),
     ({"task__name": None}, "made-up.toml: task.name is None; give one of trec"),
     (
         {"method__name": "fedit", "server__asynchronous": {"goal": 1, "concurrency": 1}},

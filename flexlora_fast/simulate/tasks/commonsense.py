@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from flexlora_fast.simulate.corpus import Corpus
 from flexlora_fast.simulate.tasks import reading
@@ -55,6 +55,12 @@ class CommonsenseOptions(AnsweringOptions):
             if name not in CHOICES:
                 raise ValueError(f"no set {name!r}; there are {', '.join(CHOICES)}")
         return names
+
+    @model_validator(mode="after")
+    def _some_train(self) -> CommonsenseOptions:
+        if not set(self.sets) - set(self.unseen):
+            raise ValueError("no set is left to train on; name some in sets that are not in unseen")
+        return self
 
 
 class Commonsense(AnsweringTask):

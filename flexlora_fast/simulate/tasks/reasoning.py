@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flexlora_fast.errors import DataError, OptionError
 from flexlora_fast.simulate.corpus import Corpus
@@ -45,6 +45,12 @@ class ReasoningOptions(AnsweringOptions):
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     draw: int | None = Field(None, ge=0)
     max_new_tokens: int = Field(48, ge=1)
+
+    @model_validator(mode="after")
+    def _some_train(self) -> ReasoningOptions:
+        if not set(self.tasks) - set(self.unseen):
+            raise ValueError("no task is left to train on; name some in tasks that are not in unseen")
+        return self
 
 
 class ReasoningGym(AnsweringTask):
