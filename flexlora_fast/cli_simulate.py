@@ -49,18 +49,21 @@ def simulate(
     """
     with failures(), usage():
         if compare:
-            if file is not None:
-                raise OptionError("--compare is about runs that were; leave the FILE out")
-            _compare(compare, out or Path("comparison.html"))
+            given = {"FILE": file, "--method": method, "--seed": seed, "--set": changes, "--workers": workers}
+            given |= {"--resume": resume or None, "--force": force or None}
+            if others := [name for name, value in given.items() if value is not None]:
+                raise OptionError(f"--compare is about runs that were; leave {', '.join(others)} out")
+            _compare(compare, out or Path("comparison.html"), as_json)
             return
         if file is None:
             raise OptionError("give a FILE, such as configs/trec.toml, or --compare DIR")
         if resume and force:
             raise OptionError("--resume goes on with a run, and --force removes it; give one of them")
-        given = list(changes or [])
-        given += [f"method.name={method!r}"] if method is not None else []
-        given += [f"seed={seed}"] if seed is not None else []
-        experiment = _read(file, given)
+        wanted = list(changes or [])
+        if method is not None:  # a label in the file is that of its own method
+            wanted += [f"method.name={method!r}", *(["method.label="] if not _labelled(wanted) else [])]
+        wanted += [f"seed={seed}"] if seed is not None else []
+        experiment = _read(file, wanted)
     label = experiment.method.label or experiment.method.name
     target = out or Path("runs") / f"{experiment.name}-{label}-{experiment.seed}"
     _run(experiment, target, workers, resume, force, as_json)
@@ -74,10 +77,19 @@ def _read(file: Path, changes: list[str]) -> Experiment:
     return Experiment.read(file, changes)
 
 
-def _compare(folders: list[Path], out: Path) -> None:
+def _labelled(changes: list[str]) -> bool:
+    return any(change.partition("=")[0].strip() == "method.label" for change in changes)
+
+
+def _compare(folders: list[Path], out: Path, as_json: bool) -> None:
     from flexlora_fast.simulate import page
 
+    if out.is_dir():
+        raise OptionError(f"--out {out} is a folder; give the page to write, such as {out / 'comparison.html'}")
     page.write(folders, out)
+    if as_json:
+        print_json({"out": str(out)})
+        return
     print(f"written to {tables.clean(out)}")
 
 

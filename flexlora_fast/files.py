@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from flexlora_fast.errors import OptionError
 
@@ -19,12 +22,17 @@ def replace(target: Path, write_to: Callable[[str], object]) -> None:
     Once this returns, a power cut takes neither the content nor the name away. The old file stays intact until then: it
     may be mapped by the very tensors being written. The new one gets the permissions of the user's umask (safetensors
     makes its files private, which no other user could fetch).
+
+    Raises ``OSError`` where it cannot be written (a full disk), whatever ``write_to`` says of that.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode & 0o777
-        write_to(str(temporary))
+        try:
+            write_to(str(temporary))
+        except SafetensorError as error:  # all that it knows of a full disk is in its text
+            raise OSError(errno.EIO, str(error), str(target)) from error
         temporary.chmod(mode)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())  # else a power cut could leave the new name with no content

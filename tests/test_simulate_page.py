@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from flexlora_fast import memory
 from flexlora_fast.errors import OptionError, ResultsError
 from flexlora_fast.simulate import charts, comparison, page, results, svg, words
 from tests import made_runs
@@ -223,3 +224,29 @@ def test_runs_that_were_tested_on_other_rows_or_by_another_metric_are_not_compar
     lines.write_text(lines.read_text().replace('"accuracy"', '"f1"'))
     with pytest.raises(ResultsError, match="were scored by f1 and by accuracy"):
         page.write(folders, tmp_path / "page.html")
+
+
+def test_several_seeds_are_told_by_their_means_and_sums(tmp_path):
+    for seed in range(3):
+        made_runs.make(tmp_path / str(seed), seed=seed, rounds=2)
+    found = [results.read(tmp_path / str(seed)) for seed in range(3)]
+    text = page.html(found)
+    ends = [sum(run.tests()[i][1].value for run in found) / 3 for i in (0, -1)]
+    assert f"From {words.share(ends[0])} % (round 0) to {words.share(ends[1])} % (round 2). Mean of 3 seeds" in text
+    assert f"{words.share(ends[0])} before training" in text
+    assert memory.show(sum(run.traffic().up for run in found)) in text
+
+
+def test_arms_with_fewer_seeds_are_told(tmp_path):
+    folders = [made_runs.make(tmp_path / f"a{seed}", seed=seed, rounds=2) for seed in range(3)]
+    folders.append(made_runs.make(tmp_path / "b", method="fedit", seed=1, rounds=2))
+    text = page.html([results.read(folder) for folder in folders])
+    assert "over 1 to 3 seeds" in text and "One seed is one split" not in text
+
+
+def test_a_setting_that_only_one_run_has_names_both(tmp_path):
+    folders = [made_runs.make(tmp_path / name, rounds=2) for name in ("a", "b")]
+    spec = json.loads((folders[1] / "experiment.json").read_text())
+    made_runs.write(folders[1] / "experiment.json", spec | {"task": {"name": "trec", "draw": 0}})
+    arms = comparison.arms([results.read(folder) for folder in folders])
+    assert [arm.label for arm in arms] == ["draw default", "draw 0"]

@@ -214,10 +214,19 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     run(experiment(rounds=1, seed=1), tmp_path, workers=0, force=True)
     assert json.loads((tmp_path / "summary.json").read_text())["seed"] == 1
+    (tmp_path / "notes.txt").write_text("mine")
+    run(experiment(rounds=1, seed=2), tmp_path, workers=0, force=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").touch()
     with pytest.raises(SimulationError, match="holds something else"):
         run(experiment(), tmp_path / "other", workers=0, force=True)
+
+
+def test_a_run_that_failed_before_it_began_is_in_nobodys_way(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="cannot give"):
+        run(experiment(rounds=1, clients__smallest=50), tmp_path, workers=0)
+    assert run(experiment(rounds=1), tmp_path, workers=0)["rounds"] == 1
 
 
 def test_equal_ranks_are_asked_for_before_anything_is_trained(tmp_path: Path) -> None:

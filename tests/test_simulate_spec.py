@@ -101,6 +101,13 @@ def test_a_wrong_file_is_told_by_key_value_and_remedy(changes: dict[str, Any], s
         experiment(**changes)
 
 
+def test_numbers_of_yaml_need_no_point(tmp_path: Path) -> None:
+    text = yaml.safe_dump(document(training__lr=77.0))
+    for number, value in (("1e-3", 1e-3), ("2E+1", 20.0), ("1.5e-2", 0.015), (".5e0", 0.5)):
+        (tmp_path / "a.yaml").write_text(text.replace("77.0", number))
+        assert Experiment.read(tmp_path / "a.yaml").training.lr == value
+
+
 def test_files_that_are_none_are_told(tmp_path: Path) -> None:
     for name, text, said in (
         ("a.toml", "rounds = ", "not a TOML file"),

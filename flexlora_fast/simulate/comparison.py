@@ -145,7 +145,7 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     every = [flat(settings(run)) for run in runs]
     names = dict.fromkeys(name for each in every for name in each)
     differ = [name for name in names if len({json.dumps(each.get(name), default=str) for each in every}) > 1]
-    return [", ".join(f"{name.split('.')[-1]} {each[name]}" for name in differ if name in each) for each in every]
+    return [", ".join(f"{name.split('.')[-1]} {each.get(name, 'default')}" for name in differ) for each in every]
 
 
 def compare(found: Sequence[Arm], reference: str | None = None, part: Part = "test") -> list[Row]:

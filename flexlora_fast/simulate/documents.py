@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import BaseModel
 
 from flexlora_fast.errors import OptionError, shown
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
 
 def parse(path: Path, text: bytes) -> Any:
     """What the file says, by its suffix. Raises ``ValueError`` where it does not follow its format."""
@@ -20,8 +23,12 @@ def parse(path: Path, text: bytes) -> Any:
     if path.suffix in (".yaml", ".yml"):
         import yaml
 
+        class Loader(yaml.SafeLoader):
+            """YAML 1.2's numbers, which PyYAML takes for text where they have no point: 1e-3."""
+
+        Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
         try:
-            return yaml.safe_load(text)
+            return yaml.load(text, Loader)
         except yaml.YAMLError as error:
             raise ValueError(" ".join(str(error).split())) from error
     raise OptionError(f"{path}: what ends in {path.suffix!r} is not read; give a .toml or .yaml file")

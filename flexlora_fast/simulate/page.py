@@ -84,13 +84,12 @@ def _title(arms: Sequence[Arm]) -> str:
 
 def _cards(arm: Arm, part: Part) -> list[tuple[str, str, str]]:
     """Of one method: what, how much, and a remark."""
-    run = arm.runs[0]
     cards = _shared_cards([arm])
     tests = arm.tests(part)
     if tests:
         (row,) = comparison.compare([arm], part=part)
-        before = run.tests(part)[0]
-        remark = f"{words.share(before[1].value)} before training" if before[0] == 0 else ""
+        before = [found[0][1].value for each in arm.runs if (found := each.tests(part)) and found[0][0] == 0]
+        remark = f"{words.share(sum(before) / len(before))} before training" if before else ""
         error = tests[0].stderr
         value = words.spread_of(row.final)
         if len(tests) == 1 and error is not None:
@@ -120,9 +119,9 @@ def _shared_cards(arms: Sequence[Arm]) -> list[tuple[str, str, str]]:
     if len(arms) > 1:
         return [("methods", str(len(arms)), ""), *cards]
     spent = sum(line.seconds.get("total", 0.0) for each in arms[0].runs for line in each.rounds)
-    traffic = run.traffic()
+    traffic = [each.traffic() for each in arms[0].runs]
     return [
         *cards,
-        ("time", words.duration(spent), "all rounds"),
-        ("sent", memory.show(traffic.up), f"up; {memory.show(traffic.down)} down"),
+        ("time", words.duration(spent), "all rounds" if len(arms[0].runs) == 1 else "all rounds and seeds"),
+        ("sent", memory.show(sum(x.up for x in traffic)), f"up; {memory.show(sum(x.down for x in traffic))} down"),
     ]

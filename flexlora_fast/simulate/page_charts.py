@@ -72,11 +72,14 @@ def _ends(arms: Sequence[Arm], part: Part) -> str:
     if len(arms) > 1:
         last = [sum(test.value for test in tests) / len(tests) for arm in arms if (tests := arm.tests(part))]
         return f"After the last round from {words.share(min(last))} to {words.share(max(last))} %." if last else ""
-    found = arms[0].runs[0].tests(part)
-    if not found:
+    runs = [found for run in arms[0].runs if (found := run.tests(part))]
+    if not runs:
         return ""
-    (first, start), (last_round, end) = found[0], found[-1]
-    return f"From {words.share(start.value)} % (round {first}) to {words.share(end.value)} % (round {last_round})."
+    # Of several seeds the means, of those that are as far as the first.
+    begun, ended = runs[0][0][0], runs[0][-1][0]
+    alike = [found for found in runs if (found[0][0], found[-1][0]) == (begun, ended)]
+    start, end = (sum(found[i][1].value for found in alike) / len(alike) for i in (0, -1))
+    return f"From {words.share(start)} % (round {begun}) to {words.share(end)} % (round {ended})."
 
 
 def _bands(arms: Sequence[Arm]) -> str:

@@ -29,11 +29,14 @@ def default_workers() -> int:
 
 
 def gpus() -> list[str]:
-    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them; what it names and is not there ("-1")
+    counts for none.
+    """
+    # Counting asks the driver's management library and starts nothing: the variable can still be set afterwards.
+    count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip()]
-    return [str(i) for i in range(torch.cuda.device_count())]
+    names = [str(i) for i in range(count)] if named is None else [name.strip() for name in named.split(",")]
+    return names[:count]
 
 
 def belong(taken: Any) -> None:

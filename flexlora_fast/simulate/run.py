@@ -20,7 +20,7 @@ from flexlora_fast.simulate.asynchronous import Asynchronous
 from flexlora_fast.simulate.jobs import Setup
 from flexlora_fast.simulate.pool import Pool
 from flexlora_fast.simulate.prepare import INITIAL, prepare, write_json
-from flexlora_fast.simulate.results import EXPERIMENT, SCORES, SUMMARY
+from flexlora_fast.simulate.results import CLIENTS, EXPERIMENT, METRICS, SCORES, SUMMARY
 from flexlora_fast.simulate.server import OPTIMIZERS, Server
 from flexlora_fast.simulate.spec import Experiment
 from flexlora_fast.simulate.state import State
@@ -47,7 +47,7 @@ def run(
         workers: processes (default: one for each GPU or core); 0 does everything in this one. The numbers that come out
             do not depend on it.
         resume: go on with what is in ``out``, which must be the same experiment; nothing there is a fresh start.
-        force: remove an earlier run in ``out`` first.
+        force: remove an earlier run in ``out`` first; files beside it stay.
 
     Raises:
         SimulationError: a worker died; ``out`` is in use, holds something else, or an earlier run without ``resume``.
@@ -151,6 +151,9 @@ class _Run:
 # -- the folder ---
 
 
+_OWN = {EXPERIMENT, CLIENTS, METRICS, SUMMARY, SCORES, "report.html", "data", "state"}
+
+
 def _claim(experiment: Experiment, out: Path, resume: bool, force: bool) -> None:
     """Raise ``SimulationError`` where ``out`` holds anything that a run of this experiment must not touch."""
     held = sorted(path.name for path in out.iterdir() if path.name != LOCK) if out.is_dir() else []
@@ -159,9 +162,9 @@ def _claim(experiment: Experiment, out: Path, resume: bool, force: bool) -> None
         return
     if EXPERIMENT not in held:
         raise SimulationError(f"{out} holds something else than a run ({', '.join(held[:4])} …); give another folder")
-    if force:
+    if force or CLIENTS not in held:  # nothing has come of a run without clients, but a wrong [task] or a full disk
         with _locked(out):
-            for path in map(out.joinpath, held):
+            for path in map(out.joinpath, _OWN & set(held)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return
     if not resume:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flexlora_fast import files
 from flexlora_fast.methods.fedopt import ServerOptimizer
 from flexlora_fast.methods.sparse import SparseDelta
 from flexlora_fast.simulate.prepare import write_json
@@ -54,14 +55,16 @@ class State:
         if self.update is not None:
             self.update.save(folder / UPDATE_NAME)
         if base is not None:
-            save_file({layer: tensor.contiguous() for layer, tensor in base.items()}, folder / BASE)
-        elif self.base is not None:
-            shutil.copyfile(self.base, folder / BASE)
+            tensors = {layer: tensor.contiguous() for layer, tensor in base.items()}
+            files.replace(folder / BASE, lambda to: save_file(tensors, to))
+        elif (before := self.base) is not None:
+            files.replace(folder / BASE, lambda to: shutil.copyfile(before, to))
         self.sparse = None if sparse is None else sparse.save(folder / SPARSE)
         if self.optimizer is not None:
             self.optimizer.save(folder / OPTIMIZER)
         self.base = folder / BASE if (folder / BASE).is_file() else None
         write_json(folder / FACTS, {"round": self.round, "ranks": self.ranks, "extra": self.extra})
+        files.sync_folder(folder.parent)
 
     @classmethod
     def load(cls, folder: Path, optimizer: type[ServerOptimizer] | None = None) -> State:

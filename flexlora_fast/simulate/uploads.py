@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from flexlora_fast import files
 from flexlora_fast.adapter import Adapter
 from flexlora_fast.methods.averages import update_norm
 from flexlora_fast.methods.base import Contribution
@@ -18,6 +19,7 @@ def save(adapter: Adapter, folder: Path) -> None:
     adapter.save(new)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(new, folder)
+    files.sync_folder(folder.parent)  # asynchronous rounds need it after a power cut
 
 
 def norm(adapter: Adapter) -> float:

@@ -30,7 +30,13 @@ class Terminal(Watcher):
         self.quiet = quiet
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         shown = sys.stderr.isatty() and not quiet
-        self.bars = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
+        self.bars = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+            redirect_stdout=sys.stdout.isatty(),  # where stdout is a log, lines belong there, bars or not
+        )
         self.rounds: TaskID | None = None
         self.part: TaskID | None = None
 
@@ -77,7 +83,7 @@ class Terminal(Watcher):
     def print(self, text: str) -> None:
         if self.quiet:
             return
-        if self.bars.disable:
+        if self.bars.disable or not sys.stdout.isatty():
             print(text, flush=True)
         else:
             self.bars.console.print(text, highlight=False, markup=False)

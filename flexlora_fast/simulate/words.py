@@ -131,15 +131,16 @@ def _named(row: Row) -> str:
 
 def caveat(arms: Sequence[Arm], rows: Sequence[Row], part: Part = "test") -> str:
     """What these runs can show: how many seeds there are, what was tested, and what the tests assume."""
-    seeds = min(len(arm.runs) for arm in arms)
+    least_seeds, seeds = (of(len(arm.runs) for arm in arms) for of in (min, max))
     if seeds == 1:
         return (
             "One seed is one split, one initialisation and one data order. Intervals here are over the rows of the "
             "test, which leaves all of that out: this shows that a run works, and proves little about which method "
             "is better."
         )
+    some = str(seeds) if least_seeds == seeds else f"{least_seeds} to {seeds}"
     text = (
-        f"Means and standard deviations are over {seeds} seeds, each with its own split, initialisation and data "
+        f"Means and standard deviations are over {some} seeds, each with its own split, initialisation and data "
         "order; intervals are Student's, 95 %."
     )
     compared = [row.difference for row in rows if row.difference is not None and row.over == "seeds"]
