@@ -54,6 +54,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"method__settings": {"tau": 1}}, "method: settings do not fit method 'flexlora'"),
     ({"method__gamma": 0.5}, "method: gamma is HetLoRA's self-pruning"),
     ({"method__penalty": 0.1}, "method: penalty is that of HetLoRA's self-pruning; give gamma with it"),
+    ({"name": "../x"}, "name is '../x', and runs are kept in a folder of that name"),
+    ({"method__label": "a/b"}, "method.label is 'a/b'"),
     ({"model__max_length": 1}, "model.max_length is 1: input should be greater than or equal to 8"),
     ({"model__max_length": "77"}, "model.max_length is '77': input should be a valid integer"),
     ({"model__dtype": "floaty"}, "model.dtype 'floaty' is none of torch's"),

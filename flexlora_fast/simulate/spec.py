@@ -303,6 +303,9 @@ class Experiment(Table):
     def _rounds(self) -> Experiment:
         if self.method.slora is not None and self.method.slora.rounds >= self.rounds:
             raise ValueError(f"method.slora.rounds leaves none of the {self.rounds} rounds; raise rounds")
+        for key, text in (("name", self.name), ("method.label", self.method.label)):
+            if text is not None and (not text.strip() or "/" in text or text.startswith(".")):
+                raise ValueError(f"{key} is {text!r}, and runs are kept in a folder of that name; leave / and . out")
         labels = [kind.label for kind in self.ranks.drawn]
         if self.method.gamma is not None and any("/" in label for label in labels):
             raise ValueError("method.gamma prunes a client to one rank; give ranks without ffn")
