@@ -54,7 +54,7 @@ test: check  ## Style, types, doctests and all tests but the slow ones
 test-all: check  ## The same with the slow tests
 	$(PYTEST) -n $(JOBS) -m 'not integration'
 
-test-integrations: venv .demo-data/.downloaded .demo-data/.smollm2  ## Frameworks' own servers, clients and loops on this machine, in minutes
+test-integrations: venv .demo-data/.downloaded .demo-data/.smollm2  ## Frameworks' own servers, clients and loops on this machine, about 20 minutes
 	$(BIN)/python -m pip install -q -c constraints.txt 'flwr[simulation]' trl datasets gguf
 	$(PYTEST) -m integration tests/integrations
 
