@@ -197,7 +197,18 @@ def part(source: Source, layer: str, c: float) -> Part:
     update = source[layer]
     blocks = [Block(B, A, torch.full((A.shape[1],), c, dtype=torch.float64)) for B, A in kept(update)]
     bias = None if update.bias is None else c * update.bias.double().cpu()
-    return Part(blocks, update.rank, bias, abs(c) * left_out(update), update if c == 1 else None)
+    # What goes into the frozen weight, a frozen A and a limit are how a method hands ΔW out, and no part of a sum.
+    plain = not (update.merges or update.frozen or update.limit is not None)
+    whole = update if c == 1 and plain else None
+    return Part(blocks, columns_of(source, layer), bias, abs(c) * left_out(update), whole)
+
+
+def columns_of(update: GlobalUpdate, layer: str) -> int:
+    """Columns that a sum keeps of a layer: as many as its adapters have, or, where a method cut those, as its clients
+    came with.
+    """
+    one = update[layer]
+    return one.rank if one.limit is None else max([one.rank, *(c.ranks.get(layer, 0) for c in update.clients)])
 
 
 def kept(layer: LayerUpdate) -> list[tuple[Tensor, Tensor]]:

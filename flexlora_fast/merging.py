@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flexlora_fast import devices, extras, finishing, methods, outcome, storage
 from flexlora_fast.admission import check_configs, check_geometries, is_weight
-from flexlora_fast.combining import kept, left_out
+from flexlora_fast.combining import columns_of, kept, left_out
 from flexlora_fast.errors import AdapterError, EmptyRoundError, IncompatibleAdapterError, OptionError, WeightError
 from flexlora_fast.files import replace
 from flexlora_fast.layer import LayerUpdate
@@ -280,7 +280,8 @@ def _layer(
         if layer.bias is not None:
             part = share * layer.bias.double()
             bias = part if bias is None else bias + part
-    spec, columns = _first(having, name).spec, max(c.rank for c in contributions)
+    spec = _first(having, name).spec
+    columns = max([*(c.rank for c in contributions), *(columns_of(edge.update, name) for edge in having)])
     seed = edges[0].update.seed
 
     def solved(stack: Stack, columns: int) -> Factorization:

@@ -26,6 +26,8 @@ def made(text: str, known: Mapping[str, type[T]], what: str) -> T:
         key, equals, value = item.partition("=")
         if not equals or key not in fields:
             raise OptionError(f"{what} {name!r} has no setting {item!r}; it has {', '.join(fields) or 'none'}")
+        if key in found:
+            raise OptionError(f"{what} {name!r} is given {key!r} twice; give it once")
         found[key] = _value(value)
     return rule(**found)
 

@@ -43,8 +43,15 @@ def check_layer(layer: LayerUpdate, name: str) -> None:
         shapes |= {"B": (spec.experts, spec.m, r), "A": (spec.experts, r, spec.n)}
     if layer.bias is not None:
         there["bias"], shapes["bias"] = layer.bias, (spec.m,)
-    for i, matrix in enumerate(layer.base or ()):
-        there[f"base[{i}]"], shapes[f"base[{i}]"] = matrix, tuple(matrix.shape)
+    parts = layer.base or ()
+    if len(parts) > 2:
+        _refuse(name, f"what goes into the frozen weight is {len(parts)} matrices, expected 1 or 2", layer.name)
+    there |= {f"base[{i}]": matrix for i, matrix in enumerate(parts)}
+    if len(parts) == 2:
+        c = parts[0].shape[-1] if parts[0].dim() == 3 else 0
+        shapes |= {"base[0]": (spec.experts, spec.m, c), "base[1]": (spec.experts, c, spec.n)}
+    elif parts:
+        shapes["base[0]"] = (spec.experts, spec.m, spec.n)
     for what, tensor in there.items():
         if tuple(tensor.shape) != shapes[what]:
             _refuse(name, f"{what} has shape {tuple(tensor.shape)}, expected {shapes[what]}", layer.name)

@@ -202,6 +202,8 @@ class StoredLayer(LayerUpdate):
     def __init__(self, file: TensorFile, f: StoredFactorization, spec: LayerSpec, facts: Mapping[str, Any]) -> None:
         known = {"inherited": 0.0, "base_error": 0.0, "frozen": False, "limit": None} | dict(facts)
         names = ("total_rank", "inherited", "base_error", "frozen", "limit")
+        if not (known["limit"] is None or (type(known["limit"]) is int and known["limit"] > 0)):
+            raise ValueError(f"layer {spec.name!r} has the limit {known['limit']!r}, not a number of columns")
         self.__dict__.update({name: known[name] for name in names}, spec=spec, factorization=f, _file=file)
         self.__dict__.update(bias=file.get(f"bias/{spec.name}"), _matrices=facts.get("base", 0))
 
@@ -228,7 +230,7 @@ def load(path: Path) -> GlobalUpdate:
         raise AdapterError(f"{path} is not a {FORMAT} or {FORMAT_MORE} file; give a file that GlobalUpdate.save wrote")
     try:
         return _parse(json.loads(file.metadata["update"]), file)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise AdapterError(f"{path} is damaged ({type(error).__name__}: {error}); aggregate the round again") from error
 
 

@@ -219,7 +219,7 @@ def test_refusals_leave_the_buffer_as_it_was():
             server.add(*arguments)
         assert server.buffered == ["anna"] and not server.ready
     assert len(server.refused) == 10 and server.refused[0].client == "anna"
-    with pytest.raises(errors.QuorumError, match="1 clients of 3"):
+    with pytest.raises(errors.QuorumError, match="1 clients of positive weight of 3"):
         server.step()
     for name in ("ben", "carl"):
         server.add(trained(sent, 1), started_from=0, client=name)
@@ -278,3 +278,29 @@ def test_what_no_server_can_be():
     server = FedBuff(1, staleness=lambda tau: math.nan)
     with pytest.raises(errors.OptionError, match=r"staleness\(0\) is nan"):
         server.add(fresh("ben"), started_from=0)
+    with pytest.raises(errors.OptionError, match="initial is a str; give an Adapter or a GlobalUpdate"):
+        FedBuff(1, initial="update.safetensors")
+    for versions in ({2.5: merged}, {-1: merged}, {2: fresh("ben")}, {"a": merged}):
+        with pytest.raises(errors.OptionError, match=r"versions has .*; give the GlobalUpdate of each version"):
+            FedBuff(1, versions=versions)
+
+
+def test_a_version_that_is_not_here_is_none_to_subtract():
+    update = ff.aggregate([fresh("ben")])
+    server = FedBuff(1, versions={5: update})
+    for number in (0, 3):
+        why = rf"version {number}, which is not here \(versions= had \[5\]\)"
+        with pytest.raises(errors.IncompatibleAdapterError, match=why):
+            server.add(fresh("anna"), started_from=number)
+    assert server.add(fresh("anna"), started_from=5) == 0
+
+
+def test_clients_without_weight_make_no_step():
+    server = FedBuff(2)
+    for number in range(3):
+        server.add(fresh("ben", number), started_from=0, weight=0.0 if number else 1.0, client=f"c{number}")
+    assert not server.ready
+    with pytest.raises(errors.QuorumError, match="1 clients of positive weight of 2 are there; wait for more"):
+        server.step()
+    server.add(fresh("anna", 3), started_from=0, client="anna")
+    assert server.ready and len(server.step().clients) == 2

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import flexlora_fast as ff
-from flexlora_fast.errors import IncompatibleAdapterError, OptionError
+from flexlora_fast.errors import AdapterError, IncompatibleAdapterError, OptionError
 from flexlora_fast.factors import SPLITS
 from flexlora_fast.lowrank.factorization import Factorization
 from flexlora_fast.lowrank.solve import solve
@@ -330,3 +333,107 @@ def test_a_method_of_ones_own() -> None:
         Method().blocks([])
     with pytest.raises(OptionError, match="method 'first' is not one of flexlora, fedit, hetlora"):
         get("first")
+
+
+def test_florist_merged_from_edges_cuts_as_the_flat_round_does() -> None:
+    """Edges keep few columns each; of one round of all, tau asks for more than any of them has."""
+    S = torch.tensor([4.0, 4.0, 0.1, 0.1], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    clients = []
+    for name in ("a", "b", "c"):
+        U, V = (torch.linalg.qr(torch.randn(side, 4, generator=generator, dtype=torch.float64))[0] for side in (40, 30))
+        state = {
+            "base_model.model.fc.lora_A.weight": V.mT.float().contiguous(),
+            "base_model.model.fc.lora_B.weight": (U * S).float(),
+        }
+        config = {"r": 4, "lora_alpha": 4, "target_modules": ["fc"]}
+        clients.append(ff.Adapter.from_state_dict(state, config, client=name))
+    edges = [ff.aggregate([c], method="florist") for c in clients]
+    assert [edge["fc"].limit for edge in edges] == [2, 2, 2]
+    merged = ff.merge(edges)
+    flat = ff.aggregate(clients, method="florist")
+    for client in "abc":
+        assert merged.adapter(client=client).rank("fc") == flat.adapter(client=client).rank("fc") == 4
+    every, flat = ff.merge(edges, rank=12), ff.aggregate(clients, method="florist", rank=12)
+    assert every["fc"].limit == flat["fc"].limit == 5
+
+
+@pytest.mark.parametrize("method", [None, FLoRIST, 3])
+def test_what_is_no_method_is_told(method: object) -> None:
+    with pytest.raises(OptionError, match=r"method is .*; give a name \(flexlora, "):
+        ff.aggregate([rounds.client("c", FC, rank=2).adapter()], method=method)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("limit", ['"x"', "-3", "0", "1.5", "true", "1e999", "[" * 100_000])
+def test_a_limit_that_is_none_is_damage(limit: str, tmp_path: Path) -> None:
+    update = ff.aggregate([rounds.client("c", FC, rank=3).adapter()], method="florist:tau=0.5")
+    path = update.save(tmp_path / "update")
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    told = about["update"].replace(f'"limit": {update["fc"].limit}', f'"limit": {limit}')
+    assert told != about["update"]
+    save_file(load_file(path), path, about | {"update": told})
+    with pytest.raises(AdapterError, match="is damaged"):
+        ff.GlobalUpdate.load(path)
+
+
+@pytest.mark.parametrize("method", ["flora", "fedex-lora", "ffa-lora", "florist:tau=0.5"])
+def test_a_sum_of_one_update_is_all_of_it_in_an_adapter(method: str) -> None:
+    clients = rounds.fitted(method.partition(":")[0], [rounds.client(f"c{i}", FC, rank=3) for i in range(2)])
+    update = ff.aggregate([c.adapter() for c in clients], method=method)
+    whole = ff.combine([(1.0, update)], rank=9)
+    assert not whole["fc"].merges and whole["fc"].limit is None and not whole["fc"].frozen
+    assert torch.allclose(whole.adapter(rank=9).delta("fc"), update.delta("fc"), atol=1e-5)
+    assert torch.allclose(2 * whole.delta("fc"), ff.combine([(2.0, update)], rank=9).delta("fc"), atol=1e-5)
+
+
+def test_ffa_lora_takes_one_A_in_both_half_precisions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    A = (torch.rand(1, 4, 9, generator=generator) - 0.5) / 32
+    clients = [rounds.client(f"c{i}", FC, rank=4) for i in range(2)]
+    for i, dtype in enumerate((torch.float16, torch.bfloat16)):
+        clients[i] = clients[i].mapped(lambda _, _A, B, dtype=dtype: (A.to(dtype), B.to(dtype)))
+    assert ff.aggregate([c.adapter() for c in clients], method="ffa-lora")["fc"].frozen
+
+
+def test_a_setting_given_twice_is_told() -> None:
+    with pytest.raises(OptionError, match="'florist' is given 'tau' twice; give it once"):
+        get("florist:tau=0.5,tau=0.9")
+
+
+@pytest.mark.parametrize("method", ["raflora", "hetlora", "flexlora", "fedit"])
+@pytest.mark.parametrize("tiny", [1e-310, 1e-30])
+def test_the_tiniest_weights_are_weights(method: str, tiny: float) -> None:
+    clients = [rounds.client(f"c{i}", FC, rank=2 + 2 * i).adapter() for i in range(2)]
+    update = ff.aggregate(clients, [1.0, tiny], method=method)
+    alone = ff.aggregate(clients[:1], method=method)
+    first = update.delta("fc") if method != "raflora" else ff.aggregate(clients, [1.0, 1e-9], method=method).delta("fc")
+    assert torch.allclose(update.delta("fc"), first, atol=1e-5)
+    if method != "raflora":  # which gives columns that one client alone has in full
+        assert torch.allclose(first, alone.delta("fc"), atol=1e-5)
+
+
+def test_what_fedex_lora_cuts_off_is_bounded_where_it_is_estimated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clients = []
+    for i in range(12):
+        state = {
+            "base_model.model.fc.lora_A.weight": torch.randn(8, 160, generator=generator),
+            "base_model.model.fc.lora_B.weight": torch.randn(160, 8, generator=generator),
+        }
+        config = {"r": 8, "lora_alpha": 8, "target_modules": ["fc"]}
+        clients.append(ff.Adapter.from_state_dict(state, config, client=f"c{i}"))
+    exact = sum(c.delta("fc").double() for c in clients) / len(clients)
+    for seed in range(4):
+        update = ff.aggregate(
+            clients, method="fedex-lora:residual=8", solver="factored", certificate="estimate", seed=seed
+        )
+        off = float((update.delta("fc").double() - exact).norm())
+        assert off <= update["fc"].error(8) <= 1.5 * off
+
+
+def test_ffa_lora_takes_back_what_it_handed_out_of_float64() -> None:
+    clients = [rounds.client(f"c{i}", FC, rank=3) for i in range(2)]
+    clients = rounds.fitted("ffa-lora", [c.mapped(lambda _, A, B: (A.double() / 3, B.double())) for c in clients])
+    update = ff.aggregate([c.adapter() for c in clients], method="ffa-lora")
+    assert ff.aggregate([update.adapter(client="c0"), clients[1].adapter()], method="ffa-lora")["fc"].frozen

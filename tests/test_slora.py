@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -116,6 +117,42 @@ def test_what_is_no_sparse_delta(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"7.5", b'\\"a'))
     with pytest.raises(errors.AdapterError):
         SparseDelta.load(path)
+
+
+@pytest.mark.parametrize(
+    "about", ["[" * 100_000, '{"seed":1e999,"layers":{}}', '{"seed":0,"layers":{"wide":[1e999,4,0.5]}}']
+)
+def test_a_hostile_description_is_damage(about, tmp_path):
+    save_file({"wide": torch.zeros(3)}, tmp_path / "d", {"format": "flexlora_fast.sparse_delta/1", "delta": about})
+    with pytest.raises(errors.AdapterError, match=r"client 'mallory'.*is damaged .*; have it sent again"):
+        SparseDelta.load(tmp_path / "d", "mallory")
+
+
+def test_a_start_of_another_model_is_refused_by_layer():
+    start = SparseDelta.of(Mask(0, 0.5), {"0": torch.ones(5, 8)})
+    tuning = SparseTuning(nn.Sequential(nn.Linear(8, 4)), Mask(0, 0.5), ["0"], start=start)
+    with pytest.raises(errors.IncompatibleAdapterError, match=r"layer '0': what to start from is 5×8, its weight 4×8"):
+        tuning.__enter__()
+
+
+def test_a_layer_may_be_given_its_input_by_name():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.fc(input=x)
+
+    model = ByName()
+    with SparseTuning(model, Mask(0, 0.5), ["fc"]):
+        assert torch.equal(model(torch.ones(2, 8)), model.fc(torch.ones(2, 8)))
+
+
+@pytest.mark.parametrize("seed", [None, 0.5, True])
+def test_a_seed_is_an_integer(seed):
+    with pytest.raises(errors.OptionError, match="the seed is"):
+        Mask(seed, 0.5)
 
 
 # -- the server's average ---
@@ -361,3 +398,11 @@ def test_what_cannot_be_tuned():
     ):
         with pytest.raises(kind, match=why):
             SparseTuning(*arguments)
+
+
+def test_the_largest_weights_are_weights_and_heads_are_finite():
+    delta = SparseDelta.of(Mask(0, 0.5), {"fc": torch.ones(5, 8)})
+    assert torch.equal(averaged([delta, delta], [1e308, 1e308])["fc"], delta["fc"])
+    config = {"r": 2, "lora_alpha": 2, "target_modules": ["fc"]}
+    with pytest.raises(errors.AdapterError, match=r"head\.weight"):
+        initial(delta, config, extras={"head.weight": torch.tensor([math.nan])})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flexlora_fast import named
+from flexlora_fast.errors import OptionError
 from flexlora_fast.methods.base import Base, Contribution, Method
 from flexlora_fast.methods.fedex import FedEx
 from flexlora_fast.methods.fedit import FedIT
@@ -30,4 +31,8 @@ def get(method: str | Method) -> Method:
     >>> get("florist:tau=0.95")
     FLoRIST(tau=0.95)
     """
-    return method if isinstance(method, Method) else named.made(method, METHODS, "method")
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):
+        raise OptionError(f"method is {method!r}; give a name ({', '.join(METHODS)}) or an instance of Method")
+    return named.made(method, METHODS, "method")

@@ -41,7 +41,7 @@ from flexlora_fast.methods.fedopt import number
 from flexlora_fast.methods.starts import Start, extras, parts
 from flexlora_fast.precision import full_precision
 from flexlora_fast.refusals import Refusals
-from flexlora_fast.update import ClientRecord, GlobalUpdate
+from flexlora_fast.update import GlobalUpdate
 from flexlora_fast.work import Client
 
 STALENESS: dict[str, Callable[[int], float]] = {
@@ -129,15 +129,20 @@ class FedBuff:
         self._buffer, self._starts = self._new_buffer(), dict[str, Start]()
         self.refused = Refusals()
         self.version = 0
+        self._from_nothing = not versions and initial is None  # version 0 is then ΔW = 0
         self._versions: dict[int, GlobalUpdate] = {}
         if versions:
             if initial is not None:
                 raise OptionError("initial= is version 0; give it in versions=, or give one of the two")
-            self._versions = {number: _checked(version) for number, version in versions.items()}
+            for key, version in versions.items():
+                if type(key) is not int or key < 0 or not isinstance(version, GlobalUpdate):
+                    what = f"versions has {key!r}: {type(version).__name__}"
+                    raise OptionError(f"{what}; give the GlobalUpdate of each version, by its number")
+            self._versions = {key: _checked(version) for key, version in versions.items()}
             self.version = max(versions)
         if initial is not None:
             self._versions[0] = _as_update(initial)
-        self._records: dict[str, ClientRecord] = {}
+        self._records = {r.name: r for key in sorted(self._versions) for r in self._versions[key].clients}
         self._sent: dict[str, tuple[int, torch.dtype]] = {}
 
     @property
@@ -151,8 +156,8 @@ class FedBuff:
 
     @property
     def ready(self) -> bool:
-        """Whether the buffer holds ``goal`` clients."""
-        return len(self._buffer.clients) >= self.goal
+        """Whether the buffer holds ``goal`` clients of positive weight."""
+        return self._buffer.counting >= self.goal
 
     def adapter_for(
         self,
@@ -228,7 +233,8 @@ class FedBuff:
         Raises ``QuorumError`` with fewer than ``goal``; what it raises leaves buffer and versions as they were.
         """
         if not self.ready:
-            raise QuorumError(f"{len(self.buffered)} clients of {self.goal} are there; wait for more, or lower goal")
+            there = f"{self._buffer.counting} clients of positive weight of {self.goal}"
+            raise QuorumError(f"{there} are there; wait for more, or lower goal")
         clients = self._buffer.shares()
         starts = [dataclasses.replace(self._starts[c.name], share=c.share) for c in clients]
         current, specs = self.current, dict[str, LayerSpec]()
@@ -264,6 +270,9 @@ class FedBuff:
         tau = self.version - started_from
         if tau > self.max_staleness:
             what = f"it started from version {started_from}, {tau} steps ago, and max_staleness is {self.max_staleness}"
+            raise IncompatibleAdapterError(f"{what}; send it version {self.version} and have it train again")
+        if started_from not in self._versions and not (started_from == 0 and self._from_nothing):
+            what = f"it started from version {started_from}, which is not here (versions= had {sorted(self._versions)})"
             raise IncompatibleAdapterError(f"{what}; send it version {self.version} and have it train again")
         return tau
 
@@ -306,12 +315,19 @@ class _Buffer(Aggregator):
     def drop(self, name: str) -> None:
         self._take_out(name)
 
+    @property
+    def counting(self) -> int:
+        """How many have a positive weight."""
+        return sum(client.weight > 0 for client in self._clients.values())
+
     def shares(self) -> list[Client]:
         """Those of positive weight, by name, with p_i."""
         return self._weighted()
 
 
 def _as_update(initial: GlobalUpdate | Adapter) -> GlobalUpdate:
+    if not isinstance(initial, Adapter | GlobalUpdate):
+        raise OptionError(f"initial is a {type(initial).__name__}; give an Adapter or a GlobalUpdate")
     return combining.combine([(1.0, initial)]) if isinstance(initial, Adapter) else _checked(initial)
 
 

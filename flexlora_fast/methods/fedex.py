@@ -67,7 +67,10 @@ class FedEx(Method):
         root = f.S.sqrt().to(f.U.device)
         P = (f.U.double() * root.unsqueeze(1)).float()
         Q = (f.V.double() * root.unsqueeze(1)).mT.float()
-        return Base((P.cpu(), Q.cpu()), max(0.0, float(f.energy.sum() - f.S.square().sum())) ** 0.5)
+        energy = float(f.energy.sum())
+        if f.energy_error is not None:  # estimated: what is cut off is bounded by three standard errors more
+            energy += 3 * float(f.energy_error.square().sum().sqrt())
+        return Base((P.cpu(), Q.cpu()), max(0.0, energy - float(f.S.square().sum())) ** 0.5)
 
     def rest(self, contributions: Sequence[Contribution]) -> list[Block]:
         """The residual's blocks, float32."""

@@ -4,7 +4,9 @@ Sources: FedAvgM is Hsu, Qi, Brown, "Measuring the Effects of Non-Identical Data
 Classification" (arXiv 1909.06335); FedAdam is Reddi et al., "Adaptive Federated Optimization" (arXiv 2003.00295),
 algorithm 2. With X_t what clients started from, and Δ_t = (the round's update) − X_t in the place of a gradient, both
 are sums of low-rank updates, X_{t+1} = X_t + η·M_t: they are formed by stacking factors, and cut back to ``rank`` by
-the solvers, with a certificate. Nothing dense is formed.
+the solvers, with a certificate. Nothing dense is formed. X_t is all of the update: what truncation to their ranks keeps
+from small clients is missing in what they send back, enters Δ_t, and momentum carries it on. Where most clients are
+small, take less momentum, or none, and the step is the round's update itself.
 
 Adam divides entry by entry by √v, and such a quotient has no factored form. FedAdam here has one second moment for
 each layer, v ← β₂·v + (1−β₂)·‖Δ‖_F²/(m·n), as NovoGrad does (Ginsburg et al., arXiv 1905.11286): r×r work, and the
@@ -200,12 +202,14 @@ class ServerOptimizer:
             made = cls(**state["settings"], device=device)
             made.steps = int(state["steps"])
             made._second = {key: float(x) for key, x in state["second"].items()}
+            if not all(math.isfinite(x) and x >= 0 for x in made._second.values()):
+                raise ValueError("a second moment is no finite number ≥ 0")
             heads = TensorFile(place / state["heads"])
             made._first = {key.removeprefix("first/"): heads[key] for key in heads if key.startswith("first/")}
             made._second |= {key.removeprefix("second/"): heads[key] for key in heads if key.startswith("second/")}
             if state["momentum"] is not None:
                 made.momentum = GlobalUpdate.load(place / state["momentum"])
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
             if isinstance(error, AdapterError):
                 raise
             what = f"{place} holds no server optimizer that can be read ({type(error).__name__}: {error})"

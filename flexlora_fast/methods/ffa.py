@@ -39,6 +39,9 @@ class FFALoRA(Method):
         return [Block(B.float(), A.float(), torch.ones(B.shape[2], dtype=torch.float64))]
 
 
+_HANDED_OUT = torch.finfo(torch.float32).eps  # adapters are float32 at most, whatever their clients have
+
+
 def shared(contributions: Sequence[Contribution]) -> Tensor:
     """The A (b, r, n) of the largest rank, once all others are known to be its first rows, to the rounding of dtypes.
 
@@ -62,8 +65,10 @@ def shared(contributions: Sequence[Contribution]) -> Tensor:
 
 
 def _same(one: Contribution, other: Contribution) -> bool:
-    """Whether the rows that both have are equal, to the rounding of the coarser dtype."""
+    """Whether the rows that both have are equal, to the rounding of their dtypes."""
     rank = min(one.rank, other.rank)
-    info = max((torch.finfo(c.A.dtype) for c in (one, other)), key=lambda info: info.eps)
+    # bfloat16 is coarse everywhere, float16 where values are small.
+    infos = [torch.finfo(c.A.dtype) for c in (one, other)]
+    relative, absolute = max(i.eps for i in infos), max(i.smallest_normal * i.eps for i in infos)
     X, Y = (c.A[:, :rank].double() for c in (one, other))
-    return torch.allclose(X, Y, rtol=info.eps, atol=info.smallest_normal * info.eps)
+    return torch.allclose(X, Y, rtol=max(relative, _HANDED_OUT), atol=absolute)

@@ -6,6 +6,7 @@ import bisect
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from flexlora_fast.methods.base import Contribution, Method
 from flexlora_fast.stack import Block
@@ -37,5 +38,10 @@ class RaFLoRA(Method):
             behind.append(behind[-1] + c.weight)
         widest = max(ranks, default=0)
         reach = [behind[len(order) - bisect.bisect_right(ranks, j)] for j in range(widest)]
-        scales = torch.tensor([behind[-1] / total for total in reach], dtype=torch.float64)
-        return [Block(c.B, c.A, c.weight * c.scale * scales[: c.rank]) for c in contributions]
+
+        def among(c: Contribution) -> Tensor:
+            # Shares first: of clients of the tiniest weights, 1/W_j has no float64.
+            shares = [c.weight / total if total > 0 else 0.0 for total in reach[: c.rank]]
+            return behind[-1] * c.scale * torch.tensor(shares, dtype=torch.float64)
+
+        return [Block(c.B, c.A, among(c)) for c in contributions]

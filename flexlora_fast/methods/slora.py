@@ -98,6 +98,8 @@ def initial(
         f = dataclasses.replace(f, U=f.U.cpu(), S=f.S.cpu(), V=f.V.cpu(), energy=f.energy.cpu())
         layers[layer] = LayerUpdate(spec, f, min(spec.m, spec.n))
     kept = {key: tensor.detach().cpu().clone() for key, tensor in sorted((extras or {}).items())}
+    for key, tensor in kept.items():
+        values.check_finite(tensor, key)
     return GlobalUpdate(layers, extras=kept, method="slora", seed=seed, template=template)
 
 
@@ -184,9 +186,13 @@ class SparseTuning:
                 at = self.mask.positions(layer, m, n).to(module.weight.device)
                 first = torch.zeros(len(at))
                 if self.start is not None and layer in self.start:
+                    part = self.start.parts[layer]
+                    if (part.m, part.n) != (m, n):
+                        what = f"what to start from is {part.m}×{part.n}, its weight {m}×{n}; take that of this model"
+                        raise IncompatibleAdapterError(what, client=self.client, layer=layer)
                     first = self.start.at(layer, self.mask.density_of(layer)).float()
                 module.register_parameter("sparse_values", nn.Parameter(first.to(at.device, copy=True)))
-                self._undo.append(module.register_forward_hook(_Addition(at, m, n)))
+                self._undo.append(module.register_forward_hook(_Addition(at, m, n), with_kwargs=True))
         self._before = [(parameter, parameter.requires_grad) for parameter in self._frozen]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -222,10 +228,13 @@ class _Addition:
     def __init__(self, positions: Tensor, m: int, n: int) -> None:
         self.positions, self.m, self.n = positions, m, n
 
-    def __call__(self, module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def __call__(
+        self, module: Any, arguments: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Tensor
+    ) -> Tensor:
+        x = arguments[0] if arguments else named["input"]
         theta: Tensor = module.sparse_values
         dense = theta.new_zeros(self.m * self.n).index_copy(0, self.positions, theta).view(self.m, self.n)
-        return output + nn.functional.linear(arguments[0].to(theta.dtype), dense).to(output.dtype)
+        return output + nn.functional.linear(x.to(theta.dtype), dense).to(output.dtype)
 
 
 def _sides(module: Any) -> tuple[int, int]:

@@ -40,7 +40,8 @@ class Mask:
         density: a number from 0 to 1.
         density_pattern: other densities by layer, matched as PEFT matches ``rank_pattern``.
 
-    Raises ``OptionError`` for a density outside [0, 1] and a pattern that is no regular expression.
+    Raises ``OptionError`` for a seed that is no integer, a density outside [0, 1] and a pattern that is no regular
+    expression.
 
     >>> mask = Mask(0, 0.1, {"up_proj": 0.5})
     >>> mask.density_of("layers.0.up_proj"), len(mask.positions("layers.0.up_proj", 40, 50))
@@ -52,6 +53,8 @@ class Mask:
     density_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise OptionError(f"the seed is {self.seed!r}; give an integer")
         for what, value in {"density": self.density, **self.density_pattern}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise OptionError(f"the density {what!r} is {value!r}; give a number from 0 to 1")
@@ -206,7 +209,7 @@ class SparseDelta(Mapping[str, Tensor]):
             parts = {layer: SparseLayer(*fact, file[layer]) for layer, fact in facts.items()}
             seed = int(about["seed"])
             sizes = all(part.m > 0 and part.n > 0 and 0 <= part.density <= 1 for part in parts.values())
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
             what = f"{os.fspath(path)} is damaged ({type(error).__name__}: {error}); have it sent again"
             raise AdapterError(what, client=client) from error
         if not sizes:
@@ -251,6 +254,9 @@ def _shares(deltas: Sequence[SparseDelta], weights: Sequence[float] | None) -> l
         raise EmptyRoundError("there are no sparse updates; give at least one")
     if len(weights) != len(deltas) or not all(map(is_weight, weights)):
         raise WeightError(f"weights are {weights!r} for {len(deltas)} sparse updates; give each a finite number ≥ 0")
+    # A power of two is taken out first, which is exact: the sum of weights may overflow.
+    _, exponent = math.frexp(max(weights))
+    weights = [math.ldexp(weight, -exponent) for weight in weights]
     total = math.fsum(weights)
     if not total > 0:
         raise WeightError(f"the weights of {len(deltas)} sparse updates sum to {total}; they must sum to > 0")
