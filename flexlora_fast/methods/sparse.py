@@ -231,8 +231,9 @@ def average(
     """Σ w_i·Θ_i over the clients, entry by entry, w normalised to sum 1; float64 sums, float32 out.
 
     Each layer comes out at the highest density that one of them has there. ``missing``: an entry that a client does not
-    train counts as zero ("zero", as for adapters), or is averaged over those that do ("renormalize"). Clients that have
-    names are added in their order, whatever the order they came in.
+    train counts as zero ("zero", as for adapters), or is averaged over those that do ("renormalize"). Over several
+    rounds of clients of mixed densities "zero" shrinks, each time, what only some train: take "renormalize" there.
+    Clients that have names are added in their order, whatever the order they came in.
 
     Raises ``EmptyRoundError``, ``WeightError``, and ``IncompatibleAdapterError`` for other seeds or shapes.
     """
