@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 # -- the whole of it, at small sizes ---
 
 
+@pytest.mark.slow  # 90 s of processes that measure; each stage has tests of its own
 def test_a_quick_run_on_the_cpu_measures_what_needs_no_gpu(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     asked = ["build", "ceilings", "round", "streamed", "solvers", "loop", "layers", "roofline", "sanitize"]
