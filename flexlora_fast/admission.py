@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,15 @@ def is_weight(weight: Any) -> bool:
         return math.isfinite(weight) and float(weight) >= 0
     except OverflowError:  # an int beyond float
         return False
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """Weights ≥ 0, of which one is positive, as shares that sum to 1."""
+    # A power of two is taken out first, which is exact: the sum of weights may overflow.
+    _, exponent = math.frexp(max(weights))
+    scaled = [math.ldexp(weight, -exponent) for weight in weights]
+    total = math.fsum(scaled)
+    return [weight / total for weight in scaled]
 
 
 def geometry(spec: LayerSpec) -> tuple[Any, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
+from flexlora_fast import admission
 from flexlora_fast.errors import EmptyRoundError, QuorumError, WeightError
 from flexlora_fast.refusals import Refusals
 from flexlora_fast.work import Client
@@ -30,12 +30,8 @@ def weighted(clients: Mapping[str, Client], refused: Refusals, *, normalised: bo
         raise EmptyRoundError(f"no client is in this round{others}; add at least one adapter")
     if not counting:
         raise WeightError(f"the weights of {len(clients)} clients sum to 0; they must sum to > 0")
-    # A power of two is taken out first, which is exact: the sum of weights may overflow.
-    _, exponent = math.frexp(max(client.weight for client in counting))
-    weights = [math.ldexp(client.weight, -exponent) for client in counting]
-    total = math.fsum(weights)
-    for client, weight in zip(counting, weights, strict=True):
-        client.share = weight / total
+    for client, share in zip(counting, admission.normalised([client.weight for client in counting]), strict=True):
+        client.share = share
     return counting
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flexlora_fast import files, values
-from flexlora_fast.admission import is_weight
+from flexlora_fast.admission import is_weight, normalised
 from flexlora_fast.errors import AdapterError, EmptyRoundError, IncompatibleAdapterError, OptionError, WeightError
 from flexlora_fast.lowrank.random import numbers, stream
 from flexlora_fast.precision import full_precision
@@ -255,14 +255,10 @@ def _shares(deltas: Sequence[SparseDelta], weights: Sequence[float] | None) -> l
         raise EmptyRoundError("there are no sparse updates; give at least one")
     if len(weights) != len(deltas) or not all(map(is_weight, weights)):
         raise WeightError(f"weights are {weights!r} for {len(deltas)} sparse updates; give each a finite number ≥ 0")
-    # A power of two is taken out first, which is exact: the sum of weights may overflow.
-    _, exponent = math.frexp(max(weights))
-    weights = [math.ldexp(weight, -exponent) for weight in weights]
-    total = math.fsum(weights)
-    if not total > 0:
-        raise WeightError(f"the weights of {len(deltas)} sparse updates sum to {total}; they must sum to > 0")
-    named = zip(deltas, weights, strict=True)
-    having = [(delta, weight / total) for delta, weight in named if weight > 0]
+    if not any(weights):
+        raise WeightError(f"the weights of {len(deltas)} sparse updates sum to 0; they must sum to > 0")
+    triples = zip(deltas, weights, normalised(weights), strict=True)
+    having = [(delta, share) for delta, weight, share in triples if weight > 0]
     return sorted(having, key=lambda pair: pair[0].client or "")
 
 
